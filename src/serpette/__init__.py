@@ -1,0 +1,50 @@
+"""Serpette: fine-tuning made cheap by pruning data, trainable rows and weights: score, select, cut."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from . import scorers, zoo
+    from .data import selectors
+    from .data.observe import observe
+    from .data.proxy import FineTune, Probe
+    from .data.pruner import DataPruner, Scores, Selection, score, select
+    from .pipeline import run
+    from .recipe import Recipe
+    from .types import Scorer, Selector, Signals
+
+_HOMES = {
+    "DataPruner": ".data.pruner",
+    "FineTune": ".data.proxy",
+    "Probe": ".data.proxy",
+    "Recipe": ".recipe",
+    "Scorer": ".types",
+    "Scores": ".data.pruner",
+    "Selection": ".data.pruner",
+    "Selector": ".types",
+    "Signals": ".types",
+    "observe": ".data.observe",
+    "run": ".pipeline",
+    "score": ".data.pruner",
+    "scorers": ".scorers",
+    "select": ".data.pruner",
+    "selectors": ".data.selectors",
+    "zoo": ".zoo",
+}
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str):
+    # imported on first use: `serpette --help` need not wait for torch
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_HOMES[name], __name__)
+    return module if name in ("scorers", "selectors", "zoo") else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

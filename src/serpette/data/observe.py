@@ -1,0 +1,403 @@
+"""The one place where a model reads examples: one pass serves many scorers.
+
+Each example is decoded once, also for a path of masked models: a chunk of decoded batches is held
+while each model of the path runs over it. Chunks go to a store, so a killed run continues; under
+torchrun or accelerate the chunks are shared out among the processes.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..evaluate import class_averaged_spearman, spearman
+from ..masking import MaskedPath
+from ..types import PathFeatures, PathSpec, Signals, Task, uniform_of
+from .examples import Examples, check_labels
+from .features import Features, Reader
+from .store import ChunkStore
+
+PILOT = 1024  # examples on which an adaptive path decides where to stop; they are decoded once, too
+
+Batch = tuple[list[int], dict[str, Tensor], list, dict[str, str]]
+
+
+@dataclass
+class Observation:
+    """What `observe` returns.
+
+    Args:
+        signals: of the N examples that could be read, in the order of the data set.
+        rows: (N,) their row numbers in the data set.
+        set_aside: {id: reason} of the examples that could not be read.
+        seconds: of decoding, of the unmasked pass and of the other points of all paths; a resumed run
+            counts what earlier runs spent on the chunks that it takes over.
+        passes: forward passes over the data.
+    """
+
+    signals: Signals
+    rows: Tensor
+    set_aside: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    passes: int = 1
+
+
+def infer_task(model: nn.Module, reader: Reader) -> Task:
+    """`"regression"` for a head with one output or a config that says so, else `"classification"`."""
+    problem = getattr(getattr(model, "config", None), "problem_type", None)
+    return "regression" if problem == "regression" or reader.num_classes == 1 else "classification"
+
+
+def observe(
+    model: nn.Module,
+    examples: Examples,
+    scorers: Sequence[Any] = (),
+    *,
+    task: Task | None = None,
+    features: Features = None,
+    batch_size: int = 32,
+    chunk_size: int = 512,
+    folder: Path | None = None,
+    on_bad: str = "set_aside",
+    precision: torch.dtype | None = None,
+    num_workers: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+) -> Observation:
+    """Embeddings and logits of `examples`, and features along each path that `scorers` ask for.
+
+    Args:
+        model: its mode and its weights are as before on the way out.
+        task: found from the model by default.
+        features: see `serpette.data.features.Reader`.
+        batch_size: examples a forward pass; changes no score beyond rounding.
+        chunk_size: decoded examples held at a time. Masks are put in place once a chunk, so larger is
+            faster; 512 images of 224 px hold 0.3 GiB.
+        folder: where the chunks are kept; None = in memory.
+        on_bad: `"set_aside"` lists an image that does not decode and goes on, `"raise"` stops there.
+        precision: autocast to e.g. `torch.bfloat16`.
+
+    Raises:
+        ValueError: bad labels, NaN in an input, no example left, a folder of another run.
+    """
+    reader = Reader(model, features)
+    task = task or infer_task(model, reader)
+    raw = examples.labels()
+    names = examples.class_names
+    num_classes = 0 if task == "regression" else reader.num_classes or len(names or [])
+    if raw is not None:
+        labels = check_labels(raw, examples.ids, num_classes, task)
+        if task == "classification" and not num_classes:
+            num_classes = int(labels.max()) + 1
+    if names and num_classes and len(names) > num_classes:
+        raise ValueError(
+            f"the model has {num_classes} classes, the data set {len(names)}; load it with num_labels={len(names)}"
+        )
+    if task == "classification" and not num_classes:
+        raise ValueError("the number of classes is not known: give a model with a head, or data with a label column")
+
+    by_path: dict[PathSpec, Any] = {}
+    for scorer in scorers:
+        if hasattr(scorer, "path"):
+            by_path.setdefault(scorer.path, scorer)
+    masked = {spec: MaskedPath(model, spec, reader.head) for spec in by_path}
+    plan = _plan(examples, batch_size, chunk_size, pilot=any(spec.adaptive for spec in by_path))
+    store = ChunkStore(folder, _fingerprint(model, examples, raw, by_path, features, batch_size, chunk_size, precision))
+    work = _Work(reader, examples, store, plan, task, num_classes, on_bad, precision, num_workers)
+
+    rank, world = _processes()
+    with evaluating(model), _progress(len(plan), "observing", progress and rank == 0) as advance:
+        lengths = work.pilot(by_path, masked, seed) if rank == 0 else {}
+        lengths = _broadcast(lengths, world)
+        for number in range(len(plan)):
+            if not store.has(number) and number % world == rank:
+                work.chunk(number, masked, lengths)
+            advance()
+    if world > 1:
+        torch.distributed.barrier()
+    store.exchange(range(len(plan)), world)
+    return _gather(store, len(plan), examples, by_path, lengths, num_classes, seed)
+
+
+@dataclass
+class _Work:
+    reader: Reader
+    examples: Examples
+    store: ChunkStore
+    plan: list[list[list[int]]]  # chunk -> batch -> rows
+    task: Task
+    num_classes: int
+    on_bad: str
+    precision: torch.dtype | None
+    num_workers: int
+
+    def decode(self, number: int) -> list[Batch]:
+        loader = torch.utils.data.DataLoader(
+            self.plan[number],  # type: ignore[arg-type] - any list is a map-style data set
+            batch_size=None,
+            collate_fn=self.examples.read,
+            num_workers=self.num_workers,
+        )
+        batches = list(loader)
+        bad = {i: reason for batch in batches for i, reason in batch[3].items()}
+        if bad and self.on_bad == "raise":
+            name, reason = next(iter(bad.items()))
+            raise ValueError(f"example {name!r}: {reason}; mend it, or go on without it: on_bad='set_aside'")
+        return batches
+
+    def forward(self, batches: list[Batch]) -> tuple[Tensor, Tensor | None]:
+        """Features (n, D) and logits (n, C) of all batches of a chunk."""
+        device = self.reader.device
+        autocast = torch.autocast(device.type, self.precision) if self.precision else nullcontext()
+        with torch.inference_mode(), autocast:
+            outputs = [self.reader(inputs) for _, inputs, _, _ in batches if inputs]
+        if not outputs:
+            return torch.zeros(0, 1), None
+        logits = None if outputs[0][1] is None else torch.cat([z for _, z in outputs if z is not None])
+        return torch.cat([h for h, _ in outputs]), logits
+
+    def pilot(self, by_path: dict, masked: dict, seed: int) -> dict[PathSpec, tuple[int, list]]:
+        """{path: (number of points, curve)}; grows the adaptive ones on the first chunk, and stores it."""
+        fixed = {s: (len(s.points), []) for s in by_path if not s.adaptive}
+        adaptive = [s for s in by_path if s.adaptive]
+        if not adaptive:
+            return fixed
+        if self.store.has(0):
+            meta = self.store.read(0, ())[1]
+            return fixed | {s: (meta["points"][i], meta["curves"][i]) for i, s in enumerate(adaptive)}
+        tensors, meta, batches = self.unmasked(0)
+        ids = self.examples.ids[tensors["rows"].numpy()]
+        signals = Signals(ids, tensors["labels"], self.num_classes, seed=seed)
+        grown = {}
+        start = time.perf_counter()
+        for spec in adaptive:
+            grown[spec], stack = _grow(
+                by_path[spec],
+                signals,
+                tensors["embeddings"],
+                lambda p, spec=spec: self.masked_features(batches, masked[spec], p),
+            )
+            tensors[_key(spec, by_path)] = stack[1:]
+        for spec in fixed:
+            tensors[_key(spec, by_path)] = self.along(batches, masked[spec], len(spec.points))
+        meta["seconds"]["path"] = time.perf_counter() - start
+        meta["points"] = [grown[s][0] for s in adaptive]
+        meta["curves"] = [grown[s][1] for s in adaptive]
+        self.store.write(0, tensors, meta)
+        return fixed | grown
+
+    def unmasked(self, number: int) -> tuple[dict[str, Tensor], dict, list[Batch]]:
+        start = time.perf_counter()
+        batches = self.decode(number)
+        decoded = time.perf_counter()
+        embeddings, logits = self.forward(batches)
+        rows = [row for batch in batches for row in batch[0]]
+        raw = [label for batch in batches for label in batch[2]]
+        tensors = {
+            "rows": torch.tensor(rows, dtype=torch.int64),
+            "labels": check_labels(raw, self.examples.ids[rows], self.num_classes, self.task),
+            "embeddings": embeddings,
+        }
+        if logits is not None:
+            tensors["logits"] = logits
+        seconds = {"decoding": decoded - start, "unmasked": time.perf_counter() - decoded, "path": 0.0}
+        bad = {i: reason for batch in batches for i, reason in batch[3].items()}
+        return tensors, {"seconds": seconds, "set_aside": bad}, batches
+
+    def masked_features(self, batches: list[Batch], masked: MaskedPath, point: int) -> Tensor:
+        with masked.at(point):
+            return self.forward(batches)[0]
+
+    def along(self, batches: list[Batch], masked: MaskedPath, points: int) -> Tensor:
+        """(P - 1, n, D): every point but the unmasked one."""
+        features = [self.masked_features(batches, masked, p) for p in range(1, points)]
+        return torch.stack(features) if features else torch.zeros(0)
+
+    def chunk(self, number: int, masked: dict, lengths: dict) -> None:
+        tensors, meta, batches = self.unmasked(number)
+        start = time.perf_counter()
+        for spec, path in masked.items():
+            tensors[_key(spec, masked)] = self.along(batches, path, lengths[spec][0])
+        meta["seconds"]["path"] = time.perf_counter() - start
+        self.store.write(number, tensors, meta)
+
+
+def _grow(
+    scorer: Any, signals: Signals, unmasked: Tensor, features_at: Callable[[int], Tensor]
+) -> tuple[tuple[int, list[tuple[int, float]]], Tensor]:
+    """((points, curve), features (P, n, D)): adds points until the ranking by the mean loss stands still."""
+    spec: PathSpec = scorer.path
+    stack, curve = [unmasked], []
+    previous = None
+    for k in range(1, len(spec.points) + 1):
+        if k > 1:
+            stack.append(features_at(k - 1))
+        path = PathFeatures(spec.points[:k], [(torch.arange(len(unmasked)), torch.stack(stack))])
+        signals.paths = {spec: path}
+        mean = scorer.along_path(signals).mean(0)
+        if previous is not None:
+            if signals.task == "classification":
+                agreement = class_averaged_spearman(mean, previous, signals.labels)
+            else:
+                agreement = spearman(mean, previous)
+            # undefined where every class has one example: then there is no ranking to change
+            curve.append((k, 1.0 if math.isnan(agreement) else agreement))
+        previous = mean
+        calm = len(curve) >= 2 and all(r >= spec.tolerance for _, r in curve[-2:])
+        if k >= spec.min_points and calm:
+            break
+    return (len(stack), curve), torch.stack(stack)
+
+
+def _plan(examples: Examples, batch_size: int, chunk_size: int, pilot: bool) -> list[list[list[int]]]:
+    """chunk -> batch -> rows. The pilot is the first chunk: the examples with the smallest hash of their id."""
+    if batch_size < 1 or chunk_size < 1:
+        raise ValueError(f"batch_size={batch_size} and chunk_size={chunk_size} must be at least 1")
+    rows = np.arange(len(examples))
+    chunks = []
+    if pilot:
+        order = np.argsort(uniform_of(examples.ids, 0).numpy(), kind="stable")
+        chunks.append(np.sort(order[:PILOT]))
+        rows = np.sort(order[PILOT:])
+    per_chunk = max(1, chunk_size // batch_size) * batch_size
+    chunks += [rows[i : i + per_chunk] for i in range(0, len(rows), per_chunk)]
+    return [[c[i : i + batch_size].tolist() for i in range(0, len(c), batch_size)] for c in chunks]
+
+
+def _gather(
+    store: ChunkStore, chunks: int, examples: Examples, by_path: dict, lengths: dict, num_classes: int, seed: int
+) -> Observation:
+    parts, set_aside = [], {}
+    seconds = {"decoding": 0.0, "unmasked": 0.0, "path": 0.0}
+    for number in range(chunks):
+        tensors, meta = store.read(number, ("rows", "labels", "embeddings", "logits"))
+        set_aside |= meta["set_aside"]
+        for part, value in meta["seconds"].items():
+            seconds[part] += value
+        if len(tensors["rows"]):
+            parts.append(tensors)
+    if not parts:
+        raise ValueError(f"none of the {len(examples)} examples could be read; the first: {next(iter(set_aside.items()))}")
+    rows = torch.cat([t["rows"] for t in parts])
+    order = rows.argsort()
+    rows = rows[order]
+
+    def joined(name: str) -> Tensor | None:
+        return torch.cat([t[name] for t in parts])[order] if name in parts[0] else None
+
+    position = torch.full((len(examples),), -1)
+    position[rows] = torch.arange(len(rows))
+
+    def path_chunks(key: str, points: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for number in range(chunks):
+            tensors, _ = store.read(number, ("rows", "embeddings", key))
+            if len(tensors["rows"]):
+                unmasked = tensors["embeddings"][None]
+                features = torch.cat([unmasked, tensors[key]]) if points > 1 else unmasked
+                yield position[tensors["rows"]], features
+
+    paths = {}
+    for spec in by_path:
+        points, curve = lengths[spec]
+        key = _key(spec, by_path)
+        paths[spec] = PathFeatures(spec.points[:points], lambda key=key, n=points: path_chunks(key, n), curve)
+    signals = Signals(
+        ids=examples.ids[rows.numpy()],
+        labels=joined("labels"),
+        num_classes=num_classes,
+        embeddings=joined("embeddings"),
+        logits=joined("logits"),
+        paths=paths,
+        seed=seed,
+    )
+    passes = 1 + sum(points - 1 for points, _ in lengths.values())
+    return Observation(signals, rows, set_aside, seconds, passes)
+
+
+def _key(spec: PathSpec, specs: dict) -> str:
+    return f"path:{list(specs).index(spec)}"
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode; each module's own mode comes back on the way out."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _progress(total: int, description: str, shown: bool) -> Iterator[Callable[[], None]]:
+    if not shown or total < 2:
+        yield lambda: None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda: bar.advance(task)
+
+
+def _processes() -> tuple[int, int]:
+    """(rank, world size) under torchrun or accelerate; (0, 1) otherwise."""
+    from accelerate import PartialState
+
+    if not PartialState._shared_state and not torch.distributed.is_initialized():
+        import os
+
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return 0, 1
+    state = PartialState()
+    return state.process_index, state.num_processes
+
+
+def _broadcast(value: Any, world: int) -> Any:
+    if world == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _fingerprint(
+    model: nn.Module,
+    examples: Examples,
+    raw: Sequence | None,
+    by_path: dict,
+    features: Features,
+    batch_size: int,
+    chunk_size: int,
+    precision: torch.dtype | None,
+) -> dict[str, Any]:
+    """What determines the chunks. Of large weights a strided sample is enough to tell two models apart."""
+    weights = blake2b(digest_size=16)
+    for name, parameter in model.state_dict().items():
+        flat = parameter.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float32)
+        weights.update(name.encode() + sample.numpy().tobytes())
+    data = blake2b("\0".join(examples.ids.tolist()).encode(), digest_size=16)
+    data.update(repr(raw).encode())
+    return {
+        "format": 1,
+        "model": f"{type(model).__name__} {weights.hexdigest()}",
+        "data": f"{len(examples)} examples {data.hexdigest()}",
+        "paths": [repr(spec) for spec in by_path],
+        "features": features if isinstance(features, str) else repr(features is not None),
+        "batch_size": batch_size,
+        "chunk_size": chunk_size,
+        "precision": str(precision),
+    }

@@ -1,0 +1,440 @@
+"""Data pruning in scikit-learn's manners: `DataPruner.fit`, `transform`; and the same as functions.
+
+    score -> Scores (on disk if you like) -> select -> a smaller data set
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .. import scorers as scorer_methods
+from ..cost import measure, versions
+from ..registry import near
+from ..types import Scorer, Selector, Signals, Task
+from . import budget
+from . import selectors as selector_methods
+from .examples import Examples
+from .features import Features
+from .observe import Observation, infer_task, observe
+from .proxy import TRAINING_SIGNALS, FineTune, Probe
+from .search import describe, search
+from .store import write_atomic, write_json
+
+PROXIES = ("probe", "finetune", "model")
+
+
+@dataclass
+class Scores:
+    """Scores of N examples, with what is needed to select among them.
+
+    Args:
+        signals: ids (N,), labels (N,), embeddings (N, D) and whatever else was observed.
+        values: {scorer: (N,)}, higher = harder or picked sooner.
+        path_values: {scorer: {share of the weights masked: (N,)}} for scorers along a path.
+        rows: (N,) row numbers in the data set; examples that could not be read are missing.
+        total: examples in the data set.
+        cost: seconds by part, forward passes, peak_bytes.
+        curves: {scorer: [(points, correlation with one point less)]} of an adaptive path.
+        set_aside: {id: reason}.
+    """
+
+    signals: Signals
+    values: dict[str, Tensor]
+    rows: Tensor
+    total: int
+    path_values: dict[str, dict[float, Tensor]] = field(default_factory=dict)
+    cost: dict[str, Any] = field(default_factory=dict)
+    curves: dict[str, list] = field(default_factory=dict)
+    set_aside: dict[str, str] = field(default_factory=dict)
+    methods: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, scorer: str | None) -> tuple[str, Tensor]:
+        """(name, values) of `scorer`, or of the only one."""
+        if scorer is None and len(self.values) == 1:
+            scorer = next(iter(self.values))
+        if scorer not in self.values:
+            raise ValueError(f"scorer={scorer!r} is not among the scores held{near(str(scorer), self.values)}")
+        return scorer, self.values[scorer]
+
+    def save(self, folder: str | Path) -> Path:
+        """`scores.parquet` (id, label, a column a scorer, a column a point) and `result.json` in `folder`."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns: dict[str, Any] = {"id": self.signals.ids.tolist()}
+        if self.signals.labels is not None:
+            columns["label"] = self.signals.labels.numpy()
+        for name, values in self.values.items():
+            columns[f"score:{name}"] = values.numpy()
+            for share, along in self.path_values.get(name, {}).items():
+                columns[f"{name}@{share:g}"] = along.numpy()
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns), buffer)
+        folder = Path(folder)
+        write_atomic(folder / "scores.parquet", buffer.getvalue())
+        tensors = {"rows": self.rows, "embeddings": self.signals.require("embeddings", "save")}
+        from safetensors.torch import save
+
+        write_atomic(folder / "embeddings.safetensors", save(tensors))
+        write_json(
+            folder / "result.json",
+            {
+                "kind": "scores",
+                "examples": self.total,
+                "num_classes": self.signals.num_classes,
+                "scorers": list(self.values),
+                "curves": self.curves,
+                "cost": self.cost,
+                "set_aside": [{"id": i, "reason": reason} for i, reason in self.set_aside.items()],
+                "seed": self.signals.seed,
+                "versions": versions(),
+            },
+        )
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Scores:
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: `folder` holds no scores.
+        """
+        import pyarrow.parquet as pq
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        if not (folder / "scores.parquet").exists():
+            raise ValueError(f"{str(folder)!r} holds no scores.parquet; make it with `serpette score --out {folder}`")
+        table = pq.read_table(folder / "scores.parquet")
+        result = json.loads((folder / "result.json").read_text())
+        tensors = load_file(folder / "embeddings.safetensors")
+        column = {name: table[name].to_numpy() for name in table.column_names if name != "id"}
+        signals = Signals(
+            ids=np.array(table["id"].to_pylist()),
+            labels=torch.tensor(column["label"]) if "label" in column else None,
+            num_classes=result["num_classes"],
+            embeddings=tensors["embeddings"],
+            seed=result["seed"],
+        )
+        return cls(
+            signals=signals,
+            values={name: torch.tensor(column[f"score:{name}"]) for name in result["scorers"]},
+            rows=tensors["rows"],
+            total=result["examples"],
+            cost=result["cost"],
+            curves=result["curves"],
+            set_aside={entry["id"]: entry["reason"] for entry in result["set_aside"]},
+        )
+
+
+def score(
+    model: nn.Module,
+    dataset: Any,
+    scorers: str | Scorer | Sequence[str | Scorer] = "dlc",
+    *,
+    data_collator: Any = None,
+    processing_class: Any = None,
+    task: Task | None = None,
+    proxy: str | Probe | FineTune = "probe",
+    features: Features = None,
+    batch_size: int = 32,
+    seed: int = 0,
+    out: str | Path | None = None,
+    on_bad: str = "set_aside",
+    label_column: str | None = None,
+    id_column: str | None = None,
+    precision: torch.dtype | None = None,
+    num_workers: int = 0,
+    progress: bool = True,
+) -> Scores:
+    """Scores of every example of `dataset`, all scorers in one pass of the model.
+
+    Args:
+        model: a transformers model, or any module; not changed.
+        dataset: what a Trainer takes, rows with an image or a text, or a torch Dataset of (x, y).
+        scorers: names or objects of `serpette.scorers`.
+        data_collator, processing_class: as for a Trainer.
+        task: "classification" or "regression"; found from the model.
+        proxy: where training signals come from, for the scorers that need them: `"probe"` a linear head on
+            frozen features (default: costs seconds), `"finetune"` a run of the Trainer (what the papers do),
+            `"model"` the model's own logits as it is, e.g. after tuning; or a `Probe` or `FineTune`.
+        out: a folder for `scores.parquet`; written in pieces, and a killed run goes on from them.
+
+    Raises:
+        ValueError: bad labels or inputs, a scorer that has no meaning for the task, an unknown name.
+
+    Example:
+        >>> import serpette, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> data = torch.utils.data.TensorDataset(torch.randn(20, 4), torch.arange(20) % 2)
+        >>> serpette.score(model, data, ["dlc", "el2n"]).values["dlc"].shape
+        torch.Size([20])
+    """
+    if isinstance(scorers, str) or not isinstance(scorers, Sequence):
+        scorers = [scorers]
+    methods = [scorer_methods.registry.make(s) for s in scorers]
+    names = [m.name for m in methods]
+    if len(set(names)) < len(names):
+        raise ValueError(f"scorers={names} must have different names; give an object another `name`")
+    if isinstance(proxy, str) and proxy not in PROXIES:
+        raise ValueError(f"proxy={proxy!r} is unknown{near(proxy, PROXIES)}")
+    if on_bad not in ("set_aside", "raise"):
+        raise ValueError(f"on_bad={on_bad!r} must be 'set_aside' or 'raise'")
+    examples = Examples(
+        dataset,
+        processing_class=processing_class,
+        data_collator=data_collator,
+        label_column=label_column,
+        id_column=id_column,
+    )
+    with measure() as cost:
+        _check_task(methods, model, task, features)
+        observation = observe(
+            model,
+            examples,
+            methods,
+            task=task,
+            features=features,
+            batch_size=batch_size,
+            folder=Path(out) / "observed" if out is not None else None,
+            on_bad=on_bad,
+            precision=precision,
+            num_workers=num_workers,
+            seed=seed,
+            progress=progress,
+        )
+        signals, seconds = observation.signals, dict(observation.seconds)
+        start = time.perf_counter()
+        signals = _training_signals(signals, methods, proxy, model, examples, observation)
+        seconds["proxy"] = time.perf_counter() - start
+        scores = Scores(
+            signals=signals,
+            values={},
+            rows=observation.rows,
+            total=len(examples),
+            set_aside=observation.set_aside,
+            methods=dict(zip(names, methods, strict=True)),
+        )
+        for method in methods:
+            start = time.perf_counter()
+            if hasattr(method, "along_path"):
+                path = signals.paths[method.path]
+                along = method.along_path(signals)
+                scores.path_values[method.name] = {float(p): v for p, v in zip(path.points, along, strict=True)}
+                scores.values[method.name] = along.mean(0)
+                if path.curve:
+                    scores.curves[method.name] = path.curve
+            else:
+                scores.values[method.name] = method(signals)
+            seconds[method.name] = time.perf_counter() - start
+    scores.cost = {"seconds": seconds, "passes": observation.passes, "peak_bytes": cost.peak_bytes}
+    if out is not None:
+        scores.save(out)
+    return scores
+
+
+def select(
+    scores: Scores,
+    select: str | Selector = "flex_rand",
+    keep: float = 0.3,
+    *,
+    scorer: str | None = None,
+    per_class: bool | str | None = None,
+    seed: int = 0,
+) -> Selection:
+    """Which examples stay: `keep` of all of the data set, exactly.
+
+    Args:
+        select: a name or object of `serpette.selectors`; an open hyperparameter is searched by a probe.
+        keep: share of the data set kept, in (0, 1].
+        scorer: which of the scores; needed if there are several.
+        per_class: True splits the budget over the classes in proportion, `"equal"` in equal quotas,
+            False selects over all; default: True in a classification.
+
+    Raises:
+        ValueError: keep outside (0, 1], or too small for one example of each class.
+    """
+    selector = selector_methods.registry.make(select)
+    name, values = scores.of(scorer)
+    signals = scores.signals
+    if per_class is None:
+        per_class = signals.num_classes > 0
+    if per_class and not signals.num_classes:
+        raise ValueError(f"per_class={per_class!r} needs classes, and this is a regression; give per_class=False")
+    k = budget.count(scores.total, keep)
+    if k > len(signals):
+        raise ValueError(
+            f"keep={keep} asks for {k} examples, but only {len(signals)} of {scores.total} could be read; lower it"
+        )
+    start, table = time.perf_counter(), []
+    if hasattr(selector, "candidates") and (candidates := selector.candidates()) and len(candidates) > 1:
+        method = scores.methods.get(name)
+        known = dict(zip(signals.ids.tolist(), values.tolist(), strict=True))
+
+        def rescored(part: Signals) -> Tensor:  # without the validation split, where the method is at hand
+            return method(part) if method is not None else torch.tensor([known[i] for i in part.ids])
+
+        selector, table = search(selector, signals, rescored, keep, per_class, seed=seed)
+    searched = time.perf_counter() - start
+
+    start = time.perf_counter()
+    order = torch.from_numpy(np.argsort(signals.ids, kind="stable"))  # picks do not depend on the order of the rows
+    labels = signals.labels[order] if signals.num_classes and signals.labels is not None else None
+    picks = budget.select(
+        selector,
+        values[order],
+        k,
+        labels=labels,
+        per_class=per_class,
+        generator=torch.Generator().manual_seed(seed),
+        embeddings=signals.embeddings[order] if signals.embeddings is not None else None,
+    )
+    positions = order[picks].sort().values
+    return Selection(
+        positions=positions,
+        rows=scores.rows[positions],
+        ids=signals.ids[positions.numpy()],
+        selector=selector,
+        searched=table,
+        seconds={"search": searched, "selection": time.perf_counter() - start},
+    )
+
+
+@dataclass
+class Selection:
+    """The examples that stay: (k,) positions among the scores, rows of the data set, ids."""
+
+    positions: Tensor
+    rows: Tensor
+    ids: np.ndarray
+    selector: Selector
+    searched: list[tuple[str, float]]
+    seconds: dict[str, float]
+
+
+class DataPruner:
+    """Keeps the training examples that matter: `fit` scores them, `transform` cuts the data set.
+
+    Args:
+        scorer: name or object of `serpette.scorers`.
+        select: name or object of `serpette.selectors`.
+        keep: share kept, in (0, 1]; the total is met exactly.
+        per_class: True (default in a classification) keeps the share in each class, `"equal"` gives
+            each class the same quota, False selects over all.
+        seed: of every random choice; the same seed, ids and model give the same subset.
+        batch_size: examples a forward pass; changes no score.
+        **options: of `serpette.score`: task, proxy, features, out, on_bad, label_column, ...
+
+    Attributes:
+        scores_: (N,) score of each row of the data set, NaN where it could not be read.
+        indices_: (k,) rows kept, sorted. `ids_`: their ids.
+        selector_: the selector with what was searched for, e.g. gamma. `searched_`: its table.
+        cost_: seconds by part, passes, peak_bytes. `set_aside_`: {id: reason}. `result_`: the `Scores`.
+
+    Example:
+        >>> import torch, serpette
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> data = torch.utils.data.TensorDataset(torch.randn(20, 4), torch.arange(20) % 2)
+        >>> pruner = serpette.DataPruner("dlc", select="flex_rand", keep=0.3)
+        >>> len(pruner.fit(model, data).transform(data))
+        6
+    """
+
+    def __init__(
+        self,
+        scorer: str | Scorer = "dlc",
+        select: str | Selector = "flex_rand",
+        keep: float = 0.3,
+        per_class: bool | str | None = None,
+        seed: int = 0,
+        batch_size: int = 32,
+        **options: Any,
+    ):
+        self.scorer, self.select, self.keep = scorer, select, keep
+        self.per_class, self.seed, self.batch_size, self.options = per_class, seed, batch_size, options
+
+    def fit(self, model: nn.Module, dataset: Any, data_collator: Any = None, processing_class: Any = None) -> DataPruner:
+        """Scores `dataset` with `model` and selects; see `serpette.score` for what both may be."""
+        budget.count(1, self.keep)  # refuses a bad keep before any work
+        selector_methods.registry.make(self.select)
+        scores = score(
+            model,
+            dataset,
+            self.scorer,
+            data_collator=data_collator,
+            processing_class=processing_class,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            **self.options,
+        )
+        selection = select(scores, self.select, self.keep, per_class=self.per_class, seed=self.seed)
+        self.result_ = scores
+        self.scores_ = torch.full((scores.total,), torch.nan, dtype=torch.float64)
+        self.scores_[scores.rows] = scores.of(None)[1].double()
+        self.indices_, self.ids_ = selection.rows, selection.ids
+        self.selector_, self.searched_ = selection.selector, selection.searched
+        self.cost_ = {**scores.cost, "seconds": {**scores.cost["seconds"], **selection.seconds}}
+        self.set_aside_ = scores.set_aside
+        return self
+
+    def transform(self, dataset: Any) -> Any:
+        """The rows of `indices_` of the data set that was fitted: `select` of it, or a torch `Subset`."""
+        if not hasattr(self, "indices_"):
+            raise ValueError("DataPruner is not fitted; call fit(model, dataset) first")
+        if len(dataset) != len(self.scores_):
+            raise ValueError(f"dataset has {len(dataset)} rows, the fitted one had {len(self.scores_)}")
+        rows = self.indices_.tolist()
+        return dataset.select(rows) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, rows)
+
+    def fit_transform(self, model: nn.Module, dataset: Any, data_collator: Any = None, processing_class: Any = None):
+        """`fit`, then `transform` of the same data set."""
+        return self.fit(model, dataset, data_collator, processing_class).transform(dataset)
+
+    def __repr__(self) -> str:
+        selector = self.select if isinstance(self.select, str) else describe(self.select)
+        scorer = self.scorer if isinstance(self.scorer, str) else self.scorer.name
+        return f"DataPruner({scorer!r}, select={selector!r}, keep={self.keep}, seed={self.seed})"
+
+
+def _check_task(methods: list, model: nn.Module, task: Task | None, features: Features) -> None:
+    from .features import Reader
+
+    task = task or infer_task(model, Reader(model, features))
+    for method in methods:
+        if task not in method.tasks:
+            able = [n for n, cls in scorer_methods.registry.items() if task in cls.tasks]
+            raise ValueError(f"scorer {method.name!r} has no meaning in a {task}; those that have: {', '.join(able)}")
+
+
+def _training_signals(
+    signals: Signals,
+    methods: list,
+    proxy: str | Probe | FineTune,
+    model: nn.Module,
+    examples: Examples,
+    observation: Observation,
+) -> Signals:
+    needed = frozenset().union(*(m.needs for m in methods)) & TRAINING_SIGNALS
+    if proxy == "model":
+        if needed - {"logits"}:
+            raise ValueError(
+                f"proxy='model' gives logits only, but {', '.join(sorted(needed - {'logits'}))} are needed; "
+                "use proxy='probe' or proxy='finetune'"
+            )
+        return signals
+    if not needed:
+        return signals
+    if proxy == "finetune" or isinstance(proxy, FineTune):
+        run = proxy if isinstance(proxy, FineTune) else FineTune()
+        return run.train(signals, model, examples, observation.rows)
+    return (proxy if isinstance(proxy, Probe) else Probe()).train(signals)

@@ -1,0 +1,312 @@
+"""A recipe: what to prune, what to tune and what to compare, as plain dataclasses read from YAML.
+
+Reading is strict: an unknown key, a wrong type or an impossible value is a ValueError that names the file,
+the key and the way out. `pipeline.run` is the reader of these fields.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .registry import near
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The pre-trained model."""
+
+    name: str
+    """A zoo name, a hub id or a local folder."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Passed to the loader, e.g. `{layers: 8}`."""
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """The training examples, which are pruned, and the test examples, which never are."""
+
+    train: str
+    """A zoo name, a hub id, an image folder, or a parquet, CSV or JSONL file."""
+    test: str | None = None
+    """The same for the test examples; None: the source of `train`."""
+    train_split: str = "train"
+    """Split of `train`."""
+    test_split: str = "test"
+    """Split of `test`."""
+    train_limit: int | None = None
+    """At most so many training examples, drawn with the recipe's seed; None: all."""
+    test_limit: int | None = None
+    """At most so many test examples; None: all."""
+
+
+@dataclass(frozen=True)
+class TuneSpec:
+    """How each arm is fine-tuned, with the stock Trainer and AdamW."""
+
+    method: Literal["lora", "full", "head"] = "lora"
+    """What trains: LoRA factors and the head, every weight, or the head alone."""
+    epochs: int = 3
+    """Passes over what an arm keeps: the same for every arm, so a smaller arm takes fewer steps."""
+    learning_rate: float = 1e-3
+    """Peak learning rate; 1e-3 suits LoRA and a head, full tuning wants about 1e-5."""
+    batch_size: int = 16
+    """Examples a step."""
+    rank: int = 8
+    """LoRA rank."""
+    alpha: float = 16
+    """LoRA scale is alpha / rank."""
+    dropout: float = 0.0
+    """LoRA dropout, a share in [0, 1)."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Modules that get LoRA, as peft names them."""
+    weight_decay: float = 0.0
+    """AdamW's weight decay."""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Course of the learning rate, as the Trainer names it."""
+    warmup: float = 0.1
+    """Share of the steps over which the learning rate rises, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """One way to choose the training examples; arms differ in nothing else."""
+
+    name: str
+    """Its name in the report."""
+    scorer: str | None = None
+    """`serpette list scorers`; None: no score, for the full set or a random choice."""
+    select: str | None = None
+    """`serpette list selectors`; None: keep everything."""
+    keep: float = 1.0
+    """Share of the examples that stay, in (0, 1]."""
+    per_class: bool | Literal["equal"] | None = None
+    """True: the same share of each class; "equal": the same number; False: all together; None: by the task."""
+    scorer_options: dict[str, Any] = field(default_factory=dict)
+    """Passed to the scorer, e.g. `{variant: official}`."""
+    select_options: dict[str, Any] = field(default_factory=dict)
+    """Passed to the selector, e.g. `{gamma: 0.3}`."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One job: score the training examples, tune each arm on what it keeps, compare on the test examples."""
+
+    name: str
+    """Name of the job: letters, digits, dot, dash and underscore."""
+    model: ModelSpec
+    data: DataSpec
+    arms: tuple[ArmSpec, ...]
+    tune: TuneSpec = TuneSpec()
+    seed: int = 0
+    """Of everything random: the drawn examples, the choice, the new weights, the order."""
+    batch_size: int = 64
+    """Examples a forward pass while scoring; changes speed and memory, never a score."""
+    proxy: Literal["probe", "finetune", "model"] = "probe"
+    """Whose logits the scorers see: of a linear probe on the features, a fine-tuning, the model itself."""
+    on_bad: Literal["set_aside", "raise"] = "set_aside"
+    """What happens to an example that cannot be read: listed and left out, or an error."""
+    out: str | None = None
+    """Folder of the results; None: `runs/` and the name."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the results go: `out`, or `runs/NAME`."""
+        return Path(self.out or f"runs/{self.name}")
+
+
+def load(path: str | Path) -> Recipe:
+    """The recipe in a YAML file.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not YAML, an unknown key, a wrong type, a value out of its range.
+
+    Example:
+        >>> import tempfile, pathlib
+        >>> file = pathlib.Path(tempfile.mkdtemp(), "tiny.yaml")
+        >>> text = "{name: tiny, model: {name: vit-s}, data: {train: digits}, arms: [{name: full}]}"
+        >>> _ = file.write_text(text)
+        >>> load(file).arms[0].keep
+        1.0
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"recipe {str(path)!r} does not exist; an example is recipes/demo.yaml")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    recipe = _build(Recipe, tree, "", str(path))
+    check(recipe, str(path))
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML; `load` of it gives the same recipe."""
+    return yaml.safe_dump(to_dict(recipe), sort_keys=False, allow_unicode=True)
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as nested dicts and lists, as in the YAML and in result.json."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+    return plain(dataclasses.asdict(recipe))
+
+
+def check(recipe: Recipe, where: str = "recipe") -> None:
+    """Ranges and names that types cannot hold.
+
+    Raises:
+        ValueError: names `where`, the key, the value and the limit.
+    """
+    from .data.selectors import registry as selectors
+    from .scorers import registry as scorers
+
+    tune, data = recipe.tune, recipe.data
+    limits: list[tuple[str, Any, bool, str]] = [
+        (
+            "name",
+            recipe.name,
+            bool(re.fullmatch(r"\w[\w.-]*", recipe.name)),
+            "letters, digits, '.', '-', '_'",
+        ),
+        ("seed", recipe.seed, 0 <= recipe.seed < 2**32, "in [0, 2**32)"),
+        ("batch_size", recipe.batch_size, recipe.batch_size >= 1, "at least 1"),
+        (
+            "data.train_limit",
+            data.train_limit,
+            data.train_limit is None or data.train_limit >= 1,
+            "at least 1, or null for all",
+        ),
+        (
+            "data.test_limit",
+            data.test_limit,
+            data.test_limit is None or data.test_limit >= 1,
+            "at least 1, or null for all",
+        ),
+        ("tune.epochs", tune.epochs, tune.epochs >= 1, "at least 1"),
+        ("tune.learning_rate", tune.learning_rate, 0 < tune.learning_rate < float("inf"), "above 0"),
+        ("tune.batch_size", tune.batch_size, tune.batch_size >= 1, "at least 1"),
+        ("tune.rank", tune.rank, tune.rank >= 1, "at least 1"),
+        ("tune.alpha", tune.alpha, 0 < tune.alpha < float("inf"), "above 0"),
+        ("tune.dropout", tune.dropout, 0 <= tune.dropout < 1, "in [0, 1)"),
+        ("tune.weight_decay", tune.weight_decay, 0 <= tune.weight_decay < float("inf"), "0 or more"),
+        ("tune.warmup", tune.warmup, 0 <= tune.warmup <= 1, "a share in [0, 1]"),
+        ("arms", recipe.arms, len(recipe.arms) >= 1, "at least one arm, e.g. [{name: full}]"),
+    ]
+    for key, value, fine, limit in limits:
+        if not fine:
+            raise ValueError(f"{where}: {key}={value!r} must be {limit}")
+    names = [arm.name for arm in recipe.arms]
+    for i, arm in enumerate(recipe.arms):
+        key = f"{where}: arms.{i}"
+        if names.index(arm.name) < i:
+            raise ValueError(f"{key}.name={arm.name!r} is taken by arms.{names.index(arm.name)}")
+        if arm.scorer is not None and arm.scorer not in scorers:
+            raise ValueError(f"{key}.scorer={arm.scorer!r} is unknown{near(arm.scorer, scorers)}")
+        if arm.select is not None and arm.select not in selectors:
+            raise ValueError(f"{key}.select={arm.select!r} is unknown{near(arm.select, selectors)}")
+        _check_keep(arm, key, data.train_limit or 1)
+
+
+def _check_keep(arm: ArmSpec, key: str, total: int) -> None:
+    from .data.budget import count
+
+    try:
+        count(total, arm.keep)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+    if arm.select is None and arm.keep < 1:
+        raise ValueError(
+            f"{key}.select is missing: keep={arm.keep} needs a selector; `serpette list selectors`"
+        )
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers (`1e-4` is one), and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        """A dict; two equal keys are an error."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"key {key.value!r} is given twice, line {key.start_mark.line + 1}")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _build(hint: Any, value: Any, key: str, file: str) -> Any:
+    """`value` from YAML as the type `hint`; `key` is its dotted place in the file."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build_dataclass(typing.cast(type, hint), value, key, file)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        for option in (a for a in args if a is not type(None)):
+            if _fits(option, value):
+                return _build(option, value, key, file)
+    elif origin is tuple and isinstance(value, list):
+        return tuple(_build(args[0], item, f"{key}.{i}", file) for i, item in enumerate(value))
+    elif _fits(hint, value):
+        return float(value) if hint is float else value
+    raise ValueError(f"{file}: {key}={value!r} must be {_words(hint)}")
+
+
+def _build_dataclass(cls: type, value: Any, key: str, file: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{file}: {key or 'the recipe'}={value!r} must be a mapping of key: value")
+    hints = typing.get_type_hints(cls)
+    prefix = f"{key}." if key else ""
+    for name in value:
+        if name not in hints:
+            raise ValueError(f"{file}: unknown key {prefix}{name}{near(name, hints)}")
+    for f in dataclasses.fields(cls):
+        if f.name not in value and f.default is f.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{file}: key {prefix}{f.name} is missing; it must be {_words(hints[f.name])}")
+    return cls(**{name: _build(hints[name], item, f"{prefix}{name}", file) for name, item in value.items()})
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, {tuple: list, dict: dict}.get(origin, hint))
+
+
+def _words(hint: Any) -> str:
+    """A type in words, to stand after "must be"."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return " or ".join(repr(a) for a in args)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_words(a) for a in args)
+    if origin is tuple:
+        return "a list"
+    if origin is dict or dataclasses.is_dataclass(hint):
+        return "a mapping"
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+    return words[hint]

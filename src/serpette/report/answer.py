@@ -1,0 +1,215 @@
+"""The first line of the report: one verdict, built from the figures of the run and nothing else."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from .run import Run, cost_of, is_noise, number
+
+NOISE = "within the noise of one seed and this test set"
+BEYOND = "beyond the noise of this test set"
+SAVED = 0.98  # a cost above 98 % of the full one is no saving: timings vary by about 2 % from run to run
+
+Arm = dict[str, Any]
+
+
+def find_full(run: Run) -> Arm | None:
+    """The arm that trains on everything."""
+    whole = [arm for arm in run.arms if number(arm.get("keep")) == 1.0 and not arm.get("scorer")]
+    return whole[0] if whole else run.arm("full")
+
+
+def is_random(arm: Arm) -> bool:
+    """Chosen by chance: no scorer, or the random one, or a random selection whatever the scorer."""
+    if number(arm.get("keep")) == 1.0:
+        return False
+    return arm.get("scorer") in (None, "random") or arm.get("select") == "random"
+
+
+def find_random(run: Run, subject: Arm | None) -> Arm | None:
+    """The control of `subject`: a random choice of the same size, balanced over the classes if there is one."""
+    chance = [arm for arm in run.arms if is_random(arm) and arm is not subject]
+    if subject is not None:
+        chance = [arm for arm in chance if arm.get("examples") == subject.get("examples")]
+    return next((arm for arm in chance if arm.get("per_class")), chance[0] if chance else None)
+
+
+def find_subject(run: Run) -> Arm | None:
+    """The arm that the answer speaks of: the first that is chosen by a score, else the first pruned one.
+
+    The first of the recipe, not the best: taking the best by test accuracy would be choosing on the test set.
+    """
+    full = find_full(run)
+    pruned = [arm for arm in run.arms if arm is not full]
+    return next((arm for arm in pruned if not is_random(arm)), pruned[0] if pruned else None)
+
+
+def answer(run: Run) -> tuple[str, str]:
+    """The verdict, and in one or two plain sentences its figures: what was kept, its cost, what was lost."""
+    verdict, figures = _answer(run)
+    if not run.result.get("finished", True):
+        verdict = f"This run is not finished; so far: {verdict}"
+    return _keep_units(verdict), _keep_units(figures)
+
+
+def _keep_units(text: str) -> str:
+    return re.sub(r"(?<=\d) (?=(?:%|s|min|h|points)\b|%)", "\u00a0", text)  # no line break before a unit
+
+
+def _answer(run: Run) -> tuple[str, str]:
+    if not run.arms:
+        return "No arm of this run has finished yet.", "There is nothing to compare."
+    full, subject = find_full(run), find_subject(run)
+    if subject is None:
+        assert full is not None
+        return (
+            "Nothing was pruned, so there is nothing to compare:",
+            f"only the full set was tuned, to {_value(run, full)} in {_cost(full)}.",
+        )
+    chance = None if is_random(subject) else find_random(run, subject)
+    second = _lost(run, subject, full, chance)
+    return f"{_verdict(run, subject, full, chance)}:", f"{_kept(subject, full, chance)}. {second}"
+
+
+def _verdict(run: Run, subject: Arm, full: Arm | None, chance: Arm | None) -> str:
+    mine, whole = cost_of(subject), cost_of(full) if full else None
+    if mine is None or whole is None:
+        return "Whether pruning paid is unknown, as there is no cost of the full set to compare with"
+    if mine >= SAVED * whole:
+        return "Pruning did not pay"
+    to_full, to_chance = _sign(run, subject, full), _sign(run, subject, chance)
+    if is_random(subject):
+        return "Pruning by chance saved time" + (" at a price" if to_full == "worse" else "")
+    if chance is None or to_chance is None:
+        return "Pruning saved time" + (" at a price" if to_full == "worse" else "")
+    if to_chance == "worse":
+        return "Pruning saved time, but the score did not pay: it chose worse than chance"
+    if to_chance == "noise":
+        return "Pruning saved time, but the score did not pay: it chose no better than chance"
+    return "Pruning saved time and beat chance, at a price" if to_full == "worse" else "Pruning paid"
+
+
+def _sign(run: Run, arm: Arm, to: Arm | None) -> str | None:
+    """`better`, `worse`, `noise`; None when the two cannot be compared."""
+    difference, within = _difference(run, arm, to) if to else (None, None)
+    if difference is None:
+        return None
+    if within or difference == 0:
+        return "noise"
+    return "better" if difference > 0 else "worse"
+
+
+def _difference(run: Run, arm: Arm, to: Arm) -> tuple[float | None, bool | None]:
+    """Difference of the metric and whether it is noise (None: no interval was recorded)."""
+    comparison = run.comparison(arm["name"], to["name"])
+    if comparison:
+        return comparison["difference"], is_noise(comparison)
+    mine, other = number(arm.get("accuracy")), number(to.get("accuracy"))
+    return (None, None) if mine is None or other is None else (mine - other, None)
+
+
+def _kept(subject: Arm, full: Arm | None, chance: Arm | None) -> str:
+    kept, total = subject.get("examples"), full.get("examples") if full else None
+    share = f"{kept:,} examples" if kept is not None else "a part of the examples"
+    if kept is not None and total:
+        share = f"{kept:,} of {total:,} training examples ({100 * kept / total:.0f} %)"
+    text = f"{subject['name']} kept {share} and cost {_cost(subject)} of scoring, selection and tuning"
+    mine, whole = cost_of(subject), cost_of(full) if full else None
+    if whole and mine is not None:
+        text += f", against {seconds(whole)} for the full set ({_percent(mine / whole)})"
+    if chance and cost_of(chance) is not None:
+        text += f" and {_cost(chance)} for {_chance_name(chance)}"
+    return text
+
+
+def _lost(run: Run, subject: Arm, full: Arm | None, chance: Arm | None) -> str:
+    pairs = [(full, "the full set"), (chance, _chance_name(chance) if chance else "")]
+    phrases, noises = [], []
+    for to, name in pairs:
+        difference, within = _difference(run, subject, to) if to else (None, None)
+        if difference is None:
+            continue
+        verb = "gained" if difference > 0 else "lost"
+        amount = size(run, difference)
+        whole = f"{verb} {amount} against {name}" if float(amount.split()[0]) else f"matched {name}"
+        phrases.append(whole)
+        noises.append("noise not measured" if within is None else NOISE if within else BEYOND)
+    if not phrases:
+        return "What was lost is not known yet." if number(subject.get("accuracy")) is None else (
+            f"It reached {_value(run, subject)}; there is no other arm to compare it with."
+        )  # fmt: skip
+    if len(phrases) == 2 and noises[0] == noises[1]:
+        text = f"It {phrases[0]} and {phrases[1]}, both {noises[0]}."
+    else:
+        text = "It " + " and ".join(f"{p} ({n})" for p, n in zip(phrases, noises, strict=True)) + "."
+    return text if chance or is_random(subject) else text + " No random choice of the same size was run."
+
+
+def noise_lines(run: Run) -> list[tuple[str, list[str]]]:
+    """Every recorded comparison, sorted into what is noise and what is not."""
+    groups: dict[bool, list[str]] = {False: [], True: []}
+    for c in run.result.get("comparisons") or []:
+        difference = number(c.get("difference"))
+        noise = is_noise(c)
+        if difference is not None and noise is not None:
+            groups[noise].append(f"{c['arm']} to {c['to']} {interval(run, c)}")
+    lines = [("Beyond the noise of this test set", groups[False]), (NOISE.capitalize(), groups[True])]
+    return [line for line in lines if line[1]]
+
+
+def interval(run: Run, c: dict[str, Any], ends: bool = True) -> str:
+    """`−2.1 (−3.5 to −0.7)`, in points or, for R2, in its own unit."""
+    low, high = number(c.get("low")), number(c.get("high"))
+    text = signed(run, c["difference"])
+    return text + (f" ({signed(run, low)} to {signed(run, high)})" if ends and None not in (low, high) else "")
+
+
+def signed(run: Run, difference: float) -> str:
+    """A difference with its sign: `+0.3` points, or `+0.012` of R2."""
+    text = f"{100 * difference:+.1f}" if run.classification else f"{difference:+.3f}"
+    return text.replace("-", "−") if float(text) else text[1:]
+
+
+def size(run: Run, difference: float) -> str:
+    """A difference without its sign, with its unit."""
+    if not run.classification:
+        return f"{abs(difference):.3f} of {run.metric}"
+    return f"{100 * abs(difference):.1f} points of {run.metric}"
+
+
+def shown(run: Run, value: Any) -> str:
+    """A value of the metric: `81.2 %`, or `0.812` for R2."""
+    value = number(value)
+    if value is None:
+        return "–"
+    return f"{100 * value:.1f} %" if run.classification else f"{value:.3f}".replace("-", "−")
+
+
+def seconds(value: float | None) -> str:
+    """`0.31 s`, `31.4 s`, `312 s`, `12 min 05 s`, `3 h 07 min`."""
+    if value is None:
+        return "–"
+    if value < 600:
+        return f"{value:.2f} s" if value < 1 else f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _cost(arm: Arm) -> str:
+    cost = cost_of(arm)
+    return "an unknown time" if cost is None else seconds(cost)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else f"{100 * share:.1g} %"
+
+
+def _chance_name(arm: Arm) -> str:
+    return "the balanced random choice" if arm.get("per_class") else "the random choice"
+
+
+def _value(run: Run, arm: Arm) -> str:
+    return f"{shown(run, arm.get('accuracy'))} {run.metric}" if run.classification else (
+        f"{run.metric} of {shown(run, arm.get('accuracy'))}"
+    )  # fmt: skip

@@ -1,0 +1,223 @@
+"""From a Run to the HTML page: tables as plain rows of text, figures as SVG, everything else in the template."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+
+from . import figures, svg
+from .answer import answer, find_full, find_random, interval, is_random, noise_lines, seconds, shown
+from .run import Run, cost_of, is_noise, number
+
+OPEN_CLASSES = 12  # galleries shown at once; those of the other classes are folded away
+
+
+def render(run: Run) -> str:
+    """The whole page as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    with svg.style():
+        drawn: dict[str, Any] = {
+            "scatter": figures.accuracy_against_cost(run),
+            "split": figures.cost_split(run),
+            "mmd": figures.subset_distance(run),
+            "histograms": figures.score_histograms(run),
+            "stopping": figures.stopping_curves(run),
+        }
+    for name, value in drawn.items():  # SVG is escaped by ElementTree; nothing else is marked as safe
+        pairs = isinstance(value, list)
+        drawn[name] = [(k, Markup(v)) for k, v in value] if pairs else Markup(value) if value else None
+    environment = Environment(
+        loader=PackageLoader("serpette", "report"), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    gallery, (verdict, figures_of_answer) = galleries(run), answer(run)
+    return environment.get_template("report.html.j2").render(
+        name=run.result.get("name") or "run",
+        verdict=verdict,
+        answer=figures_of_answer,
+        noise=noise_lines(run),
+        facts=facts(run),
+        arms=arm_rows(run),
+        metric=run.metric,
+        unit="points" if run.classification else run.metric,
+        test_examples=run.data.get("test_examples"),
+        classification=run.classification,
+        gallery=gallery[:OPEN_CLASSES],
+        more_gallery=gallery[OPEN_CLASSES:],
+        classes=class_table(run),
+        set_aside=[s for s in run.data.get("set_aside") or [] if isinstance(s, dict)],
+        recipe=_yaml(run.result.get("recipe")),
+        scorers=scorer_rows(run),
+        versions=run.result.get("versions") or {},
+        hardware=hardware_rows(run),
+        seed=run.result.get("seed"),
+        **drawn,
+    )
+
+
+def facts(run: Run) -> list[str]:
+    """A line of small facts under the answer: model, data, classes, seed."""
+    model, data = run.result.get("model") or {}, run.data
+    found = []
+    if model.get("name"):
+        size = f" ({_count(model['parameters'])} parameters)" if number(model.get("parameters")) else ""
+        found.append(f"{model['name']}{size}")
+    if data.get("train"):
+        found.append(str(data["train"]))
+    if number(data.get("train_examples")) and number(data.get("test_examples")):
+        found.append(f"{data['train_examples']:,} training and {data['test_examples']:,} test examples")
+    if len(run.class_names) > 1:
+        found.append(f"{len(run.class_names)} classes")
+    if run.result.get("seed") is not None:
+        found.append(f"seed {run.result['seed']}")
+    return found
+
+
+def arm_rows(run: Run) -> list[dict[str, Any]]:
+    """One row an arm, each cell as text."""
+    full, index = find_full(run), figures.arm_index(run)
+    whole = cost_of(full) if full else None
+    total = (full or {}).get("examples") or run.data.get("train_examples")
+    rows = []
+    for arm in run.arms:
+        cost, kept, time = cost_of(arm), arm.get("examples"), arm.get("seconds") or {}
+        flops = [number(value) for value in (arm.get("flops") or {}).values()]
+        peak = number(arm.get("peak_bytes"))
+        chance = None if arm is full or is_random(arm) else find_random(run, arm)
+        rows.append({
+            "name": arm["name"],
+            "how": _how(arm),
+            "index": index[arm["name"]],
+            "kept": "–" if kept is None else f"{kept:,}",
+            "kept_share": f"{100 * kept / total:.0f} %" if kept is not None and total else "",
+            "value": shown(run, arm.get("accuracy")),
+            "to_full": _against(run, arm, full),
+            "to_chance": _against(run, arm, chance),
+            "cost": seconds(cost),
+            "cost_share": f"{100 * cost / whole:.0f} %" if cost is not None and whole else "",
+            "parts": [(part, seconds(number(time.get(part)))) for part in ("scoring", "selection", "tuning")],
+            "steps": f"{arm['steps']:,}" if number(arm.get("steps")) is not None else "–",
+            "epochs": arm.get("epochs"),
+            "flops": _count(sum(f or 0 for f in flops)) if flops else "–",
+            "peak": _bytes(peak) if peak else "–",
+        })  # fmt: skip
+    return rows
+
+
+def _against(run: Run, arm: dict, to: dict | None) -> dict[str, Any] | None:
+    comparison = run.comparison(arm["name"], to["name"]) if to and to is not arm else None
+    if comparison is None:
+        return None
+    both = interval(run, comparison)
+    difference, _, ends = both.partition(" ")
+    return {"difference": difference, "ends": ends, "noise": is_noise(comparison)}
+
+
+def _how(arm: dict) -> str:
+    parts = [str(arm[key]) for key in ("scorer", "select") if arm.get(key)]
+    text = " + ".join(dict.fromkeys(parts))
+    if number(arm.get("gamma")) is not None:
+        text += f", gamma {arm['gamma']:g}"
+    if arm.get("per_class") and number(arm.get("keep")) != 1.0:
+        text += ", balanced" if text else "balanced"
+    return text
+
+
+def class_table(run: Run) -> dict[str, Any] | None:
+    """Accuracy and kept examples of each class by arm; None in a regression or without figures."""
+    arms = [a for a in run.arms if a.get("accuracy_by_class") or a.get("kept_by_class")]
+    if not run.classification or not arms:
+        return None
+    full, labels = find_full(run), run.scores.get("label")
+    totals = list((full or {}).get("kept_by_class") or [])
+    if not totals and labels is not None and labels.dtype.kind in "iu":
+        totals = np.bincount(labels[labels >= 0]).tolist()
+    rows = []
+    for c, name in enumerate(run.class_names):
+        cells = []
+        for arm in arms:
+            right = _at(arm.get("accuracy_by_class"), c)
+            kept, total = _at(arm.get("kept_by_class"), c), _at(totals, c)
+            share = f" ({100 * kept / total:.0f} %)" if kept is not None and total else ""
+            cells.append((f"{100 * right:.1f}" if right is not None else "–",
+                          f"{kept:,.0f}{share}" if kept is not None else "–"))  # fmt: skip
+        rows.append((name, cells))
+    return {"arms": [(a["name"], figures.arm_index(run)[a["name"]]) for a in arms], "rows": rows}
+
+
+def galleries(run: Run) -> list[dict[str, Any]]:
+    """By class: a row of the easiest and a row of the hardest examples, as images or texts."""
+    names, groups = run.class_names, {}
+    for item in run.gallery:
+        label = item.get("class")
+        if not isinstance(label, (int, str, float)) and label is not None:
+            continue
+        image, text = item.get("png"), item.get("text")
+        if isinstance(image, str) and not re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", image):
+            image = None  # not base64: never put into an address
+        if not image and not isinstance(text, str):
+            continue
+        known = isinstance(label, int) and 0 <= label < len(names)
+        title = names[label] if known else "all examples" if label is None else str(label)  # type: ignore[index]
+        group = groups.setdefault(title, {"title": title, "easiest": [], "hardest": []})
+        score = number(item.get("score"))
+        entry = {"id": str(item.get("id")), "score": "unknown" if score is None else f"{score:.3g}"}
+        kind = "hardest" if item.get("kind") == "hardest" else "easiest"
+        group[kind].append({**entry, "png": image, "text": text})
+    if names:
+        order = {name: i for i, name in enumerate(names)}
+        return sorted(groups.values(), key=lambda group: order.get(group["title"], len(order)))
+    return list(groups.values())
+
+
+def scorer_rows(run: Run) -> list[dict[str, str]]:
+    """What each scorer did: its time, its passes, the points of its path."""
+    rows = []
+    for name, entry in (run.result.get("scorers") or {}).items():
+        entry = entry if isinstance(entry, dict) else {}
+        points = ", ".join(f"{p:g}" for p in map(number, entry.get("points") or []) if p is not None)
+        rows.append({
+            "name": name,
+            "seconds": seconds(number(entry.get("seconds"))),
+            "passes": str(entry.get("passes", "–")),
+            "flops": _count(entry["flops"]) if number(entry.get("flops")) else "–",
+            "points": points or "–",
+        })  # fmt: skip
+    return rows
+
+
+def hardware_rows(run: Run) -> dict[str, str]:
+    """The machine, with bytes made readable."""
+    machine = run.result.get("hardware") or {}
+    return {k.removesuffix("_bytes"): _bytes(v) if k.endswith("_bytes") and number(v) else str(v)
+            for k, v in machine.items()}  # fmt: skip
+
+
+def _yaml(recipe: Any) -> str | None:
+    import yaml
+
+    if not recipe:
+        return None
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=88)
+
+
+def _at(values: Any, i: int) -> float | None:
+    return number(values[i]) if values is not None and i < len(values) else None
+
+
+def _count(value: float) -> str:
+    for limit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {letter}"
+    return f"{value:g}"
+
+
+def _bytes(value: float) -> str:
+    for limit, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if value >= limit:
+            return f"{value / limit:.1f} {unit}"
+    return f"{value:,.0f} B"

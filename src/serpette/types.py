@@ -1,0 +1,175 @@
+"""Where the parts meet: a few small types, importing only torch and numpy.
+
+Letters used everywhere: N examples, C classes, D features, P path points, T visits, S seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Task = Literal["classification", "regression"]
+CLASSIFICATION: frozenset[str] = frozenset({"classification"})
+ANY_TASK: frozenset[str] = frozenset({"classification", "regression"})
+
+
+@dataclass(frozen=True)
+class PathSpec:
+    """A learning path made of masked copies of one model; equal specs share one observation.
+
+    Args:
+        points: shares of each weight matrix that are masked, in the order in which they are tried.
+        scope: `"layer"` ranks the weights inside each matrix, `"global"` over all of them.
+        principle: `"l1"` masks the smallest weights first, `"random"` an arbitrary order (`seed`).
+        adaptive: stop adding points once the ranking of the examples no longer changes.
+        tolerance: class-averaged Spearman correlation that counts as "no longer changes".
+        min_points: an adaptive path has at least so many points.
+        seed: of the `"random"` principle.
+    """
+
+    points: tuple[Fraction, ...]
+    scope: Literal["layer", "global"] = "layer"
+    principle: Literal["l1", "random"] = "l1"
+    adaptive: bool = False
+    tolerance: float = 0.99
+    min_points: int = 4
+    seed: int = 0
+
+
+class PathFeatures:
+    """Features of N examples under each model of a path, held in chunks so that memory stays flat.
+
+    `chunks()` yields `(rows, features)`: rows (n,) int64 positions among the N examples, features
+    (P, n, D) float32. Point 0 is the unmasked model.
+    """
+
+    def __init__(self, points: tuple[Fraction, ...], chunks, curve: list[float] | None = None):
+        self.points, self._chunks, self.curve = points, chunks, curve or []
+
+    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(self._chunks() if callable(self._chunks) else self._chunks)
+
+    def subset(self, rows: Tensor, total: int) -> PathFeatures:
+        """The same path for `rows` (k,) of the `total` examples, renumbered 0..k-1 in that order."""
+        position = torch.full((total,), -1, dtype=torch.long)
+        position[rows] = torch.arange(len(rows))
+
+        def chunks():
+            for old_rows, features in self.chunks():
+                new_rows = position[old_rows]
+                held = new_rows >= 0
+                if held.any():
+                    yield new_rows[held], features[:, held]
+
+        return PathFeatures(self.points, chunks, self.curve)
+
+
+@dataclass
+class Signals:
+    """What was observed of N examples; a field that no scorer asked for is None.
+
+    Args:
+        ids: (N,) unique strings.
+        labels: (N,) int64 class indices, or float32 targets in a regression.
+        num_classes: C; 0 in a regression.
+        embeddings: (N, D) float32, pooled features of the pre-trained model.
+        logits: (N, C) of a model or proxy that has been tuned on the examples; (N, 1) predictions
+            in a regression.
+        early_logits: (S, N, C) of S proxies (one a seed), early in their training.
+        history: (T, N, C) logits at each of T visits during training.
+        paths: features along each masked path that was asked for.
+        seed: for scorers with a random part; together with `ids` it makes them independent of the
+            order of the examples.
+    """
+
+    ids: np.ndarray
+    labels: Tensor | None = None
+    num_classes: int = 0
+    embeddings: Tensor | None = None
+    logits: Tensor | None = None
+    early_logits: Tensor | None = None
+    history: Tensor | None = None
+    paths: dict[PathSpec, PathFeatures] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def task(self) -> Task:
+        return "classification" if self.num_classes else "regression"
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def require(self, name: str, scorer: str) -> Tensor:
+        """The signal `name`, or a ValueError that says who misses it and how to get it."""
+        value = getattr(self, name)
+        if value is None:
+            raise ValueError(
+                f"scorer {scorer!r} needs the signal {name!r}, which was not observed; "
+                f"observe with needs={{{name!r}}} or let DataPruner do it"
+            )
+        return value
+
+    def subset(self, rows: Tensor) -> Signals:
+        """The signals of `rows` (k,), in that order."""
+
+        def take(value: Tensor | None, dim: int = 0) -> Tensor | None:
+            return None if value is None else value.index_select(dim, rows)
+
+        return replace(
+            self,
+            ids=self.ids[rows.numpy()],
+            labels=take(self.labels),
+            embeddings=take(self.embeddings),
+            logits=take(self.logits),
+            early_logits=take(self.early_logits, 1),
+            history=take(self.history, 1),
+            paths={spec: path.subset(rows, len(self)) for spec, path in self.paths.items()},
+        )
+
+
+@runtime_checkable
+class Scorer(Protocol):
+    """Value of each example. Higher = harder, or picked sooner.
+
+    `needs` names fields of `Signals`; `tasks` says where the method has a meaning. A scorer never
+    depends on the order of the examples. A scorer with a `path` (PathSpec) also has
+    `along_path(signals) -> (P, N)`, and its score is the mean of that over the points.
+    """
+
+    name: str
+    needs: frozenset[str]
+    tasks: frozenset[str]
+
+    def __call__(self, signals: Signals) -> Tensor: ...
+
+
+@runtime_checkable
+class Selector(Protocol):
+    """Which k examples stay. `needs` is empty or `{"embeddings"}`.
+
+    Returns k sorted positions (int64). A selector with an open hyperparameter has
+    `candidates() -> list[Selector]`, among which a probe on a validation split chooses.
+    """
+
+    name: str
+    needs: frozenset[str]
+
+    def __call__(
+        self, scores: Tensor, k: int, generator: torch.Generator, embeddings: Tensor | None = None
+    ) -> Tensor: ...
+
+
+def uniform_of(ids: np.ndarray, seed: int) -> Tensor:
+    """(N,) float64 in [0, 1), a fixed pseudo-random number for each id and seed, whatever the order."""
+    from hashlib import blake2b
+
+    key = int(seed).to_bytes(8, "little", signed=True)
+    digests = b"".join(blake2b(str(i).encode(), digest_size=8, key=key).digest() for i in ids)
+    bits = np.frombuffer(digests, dtype="<u8") >> 11  # 53 bits: all that a float64 holds
+    return torch.from_numpy(bits.astype(np.float64) / 2.0**53)
