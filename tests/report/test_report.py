@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (long expected sentences, and the script that runs in the browser)
 """The report: its first line against the figures, escaping, gaps, and what a browser makes of it."""
 
 import base64
@@ -14,7 +15,7 @@ import pytest
 
 from serpette import report
 
-CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
+CLASSES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot".split(",")
 
 
 def make_arm(name, value, cost, scorer=None, select=None, examples=300, classes=10, **more):
@@ -30,7 +31,9 @@ def make_arm(name, value, cost, scorer=None, select=None, examples=300, classes=
     }  # fmt: skip
 
 
-def make_result(dlc=0.791, chance=0.788, dlc_cost=(11.2, 0.4, 18.9), to_full=None, to_chance=None, classes=None):
+def make_result(
+    dlc=0.791, chance=0.788, dlc_cost=(11.2, 0.4, 18.9), to_full=None, to_chance=None, classes=None
+):
     classes = CLASSES if classes is None else classes
     arms = [
         make_arm("full", 0.812, (0.0, 0.0, 61.2), examples=1000),
@@ -320,7 +323,12 @@ def test_nan_and_constant_figures(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    same = {"id": ["a", "b", "c"], "label": [0, 1, 1], "score:dlc": [1.0, 1.0, float("nan")], "dlc@0": [1.0] * 3}
+    same = {
+        "id": ["a", "b", "c"],
+        "label": [0, 1, 1],
+        "score:dlc": [1.0, 1.0, float("nan")],
+        "dlc@0": [1.0] * 3,
+    }
     pq.write_table(pa.table(same), folder / "scores.parquet")
     page = read(folder)
     assert "nan" not in " ".join(page.text).lower().split()
@@ -368,8 +376,8 @@ def test_scatter_labels_do_not_overlap(arms):
         result["arms"].append(make_arm(f"method {i}", 0.787 + 0.002 * i, (8 + i, 0, 19), f"s{i}", "top_hard"))
     boxes = []
 
-    def keep_boxes(fig, ax, dots, spans, names):
-        place(fig, ax, dots, spans, names)
+    def keep_boxes(fig, ax, *more):
+        place(fig, ax, *more)
         boxes.extend(text.get_window_extent(fig.canvas.get_renderer()) for text in ax.texts)
 
     place = figures._place_labels
@@ -398,11 +406,15 @@ def browse(tmp_path, *options):
     return done.stdout
 
 
-@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (install `chromium` to run this test)")
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine (install `chromium` to run this test)"
+)
 def test_in_a_browser(tmp_path):
     from PIL import Image
 
-    run = make_run(tmp_path / "run", make_result(classes=["a class with quite a long name" * 2, *CLASSES[1:]]))
+    run = make_run(
+        tmp_path / "run", make_result(classes=["a class with quite a long name" * 2, *CLASSES[1:]])
+    )
     source = report.write(run).read_text(encoding="utf-8")
     # frames of exactly 390 and 1200 px, as a window of Chromium cannot be that narrow
     frames = "".join(
@@ -427,7 +439,12 @@ def test_in_a_browser(tmp_path):
     assert "Pruning saved time" in Page(dom).answer
     for width, height in ((390, 844), (1200, 900)):
         shot = tmp_path / f"{width}.png"
-        browse(tmp_path, f"--screenshot={shot}", f"--window-size={width},{height}", (run / "report.html").as_uri())
+        browse(
+            tmp_path,
+            f"--screenshot={shot}",
+            f"--window-size={width},{height}",
+            (run / "report.html").as_uri(),
+        )
         with Image.open(shot) as image:
             assert image.size == (width, height)
             assert len(image.convert("L").getcolors(256) or range(257)) > 20  # not blank

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import torch
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 from torch.utils.data import Subset
 
-from serpette.registry import near
+from ..registry import near
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,7 +50,7 @@ def open_dataset(source: Any, split: str = "train", limit: int | None = None, se
     """
     import datasets as hf
 
-    from serpette import zoo
+    from .. import zoo
 
     name = str(source)
     is_text = isinstance(source, (str, os.PathLike))
@@ -77,7 +79,7 @@ def open_dataset(source: Any, split: str = "train", limit: int | None = None, se
         raise ValueError(f"source={_show(source)} has no examples in split {split!r}; check the file or the split")
     if "id" not in dataset.column_names:
         dataset = _with_ids(dataset, [str(row) for row in range(len(dataset))])
-    from serpette.zoo.corpora import take
+    from ..zoo.corpora import take
 
     return take(dataset, limit, seed)
 
@@ -105,8 +107,6 @@ def _limited_torch(source: Any, limit: int | None, seed: int):
         return source
     if limit < 1:
         raise ValueError(f"limit={limit!r} must be a whole number of at least 1, or None for all examples")
-    import torch
-
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
     return Subset(source, sorted(order[:limit].tolist()))
 
@@ -158,7 +158,7 @@ def _from_files(by_split: dict[str, list[Path]], split: str, path: Path) -> Data
     except ValueError:
         raise
     except Exception as error:
-        raise ValueError(f"{path.name!r} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{path.name!r} cannot be read: {_one_line(error)}") from error
     if not parts:
         raise ValueError(f"source={str(path)!r} has no examples in split {split!r}; check the file or the split")
     return hf.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
@@ -225,7 +225,7 @@ def _from_images(path: Path, split: str) -> Dataset:
 def _from_hub(name: str, split: str) -> Dataset:
     import datasets as hf
 
-    from serpette import zoo
+    from .. import zoo
 
     if not HUB_ID.fullmatch(name):
         what = "does not exist" if re.search(r"^[./~\\]|/|\.\w+$", name) else "is not in the zoo"
@@ -237,12 +237,13 @@ def _from_hub(name: str, split: str) -> Dataset:
     try:
         loaded = hf.load_dataset(repo, config or None)
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
-        raise ValueError(f"{name!r} is no local path, and the hub did not give it: {said}") from error
+        raise ValueError(f"{name!r} is no local path, and the hub did not give it: {_one_line(error)}") from error
     return _pick(cast(Mapping, loaded), split, name)
 
 
-def open_model(source: Any, task: str | None = None, num_labels: int | None = None, **options: Any):
+def open_model(
+    source: Any, task: str | None = None, num_labels: int | None = None, seed: int = 0, **options: Any
+):
     """`(model, processing class or None)` that `source` names.
 
     Args:
@@ -251,13 +252,14 @@ def open_model(source: Any, task: str | None = None, num_labels: int | None = No
         task: `"classification"`, `"regression"`, `"causal-lm"`, or None: what the checkpoint was made for;
             classification if `num_labels` is given.
         num_labels: width of a new head, if it is not the one of the checkpoint.
-        **options: of a zoo model (`layers`, `image_size`, ...); for others, of `from_pretrained`.
-            `trust_remote_code` is off unless given.
+        seed: of a new head.
+        **options: of a zoo model (`layers`, `image_size`, ...); for others, fields of the configuration, or
+            `trust_remote_code` (off unless given) and `revision`.
 
     Raises:
-        ValueError: unknown source, or no head for the task.
+        ValueError: unknown source or option, or no head for the task.
     """
-    from serpette import zoo
+    from .. import zoo
 
     if isinstance(source, nn.Module):
         return source, None
@@ -265,7 +267,7 @@ def open_model(source: Any, task: str | None = None, num_labels: int | None = No
         raise ValueError(f"model={_show(source)} must be a name, a path or a torch.nn.Module")
     name = str(source)
     if isinstance(source, str) and name in zoo.models():
-        model = zoo.load_model(name, task=task, num_labels=num_labels, **options)
+        model = zoo.load_model(name, task=task, num_labels=num_labels, seed=seed, **options)
         return model, zoo.load_processor(name, **options)
     path = Path(source).expanduser()
     if not path.exists() and (not HUB_ID.fullmatch(name) or ":" in name):
@@ -274,31 +276,55 @@ def open_model(source: Any, task: str | None = None, num_labels: int | None = No
             "(or give a folder of save_pretrained, or a hub id like owner/name)"
         )
     where = str(path) if path.exists() else name
-    return _from_pretrained(where, task, num_labels, options)
+    return _from_pretrained(where, task, num_labels, seed, options)
 
 
-def _from_pretrained(where: str, task: str | None, num_labels: int | None, options: dict[str, Any]):
+def _from_pretrained(where: str, task: str | None, num_labels: int | None, seed: int, options: dict[str, Any]):
     import transformers as hf
 
-    import serpette.zoo.efficientnet_lite  # noqa: F401  (makes its checkpoints known to AutoModel)
+    from ..zoo import efficientnet_lite  # noqa: F401  (makes its checkpoints known to AutoModel)
+    from ..zoo.quiet import quiet_transformers
 
-    trust = bool(options.pop("trust_remote_code", False))
+    load = {"trust_remote_code": bool(options.pop("trust_remote_code", False))}
+    if "revision" in options:
+        load["revision"] = options.pop("revision")
     try:
-        config = hf.AutoConfig.from_pretrained(where, trust_remote_code=trust)
+        config = hf.AutoConfig.from_pretrained(where, **load)
     except Exception as error:
-        said = " ".join(str(error).split())[:300]
-        raise ValueError(f"model {where!r} has no readable config.json: {said}") from error
+        raise ValueError(f"model {where!r} has no readable config.json: {_one_line(error)}") from error
+    for option, value in options.items():
+        if not hasattr(config, option):
+            raise ValueError(
+                f"model {where!r} has no option {option!r} in its configuration{near(option, config.to_dict())}"
+            )
+        setattr(config, option, value)
     cls = _auto_class(config, task, num_labels)
-    settings: dict[str, Any] = {**options, "trust_remote_code": trust}
     if task == "regression":
-        settings["num_labels"], config.problem_type = num_labels or 1, "regression"
-    elif num_labels is not None:
-        settings["num_labels"] = num_labels
-    if settings.get("num_labels") is not None:
-        config.num_labels = settings.pop("num_labels")
-        settings["ignore_mismatched_sizes"] = True
-    model = cls.from_pretrained(where, config=config, **settings).eval()
-    return model, _processor(where, trust)
+        config.num_labels, config.problem_type = num_labels or 1, "regression"
+    elif num_labels is not None and num_labels != config.num_labels:
+        config.num_labels = num_labels
+    try:
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, info = cls.from_pretrained(
+                where, config=config, ignore_mismatched_sizes=True, output_loading_info=True, **load
+            )
+    except OSError as error:
+        raise ValueError(f"model {where!r} cannot be loaded: {_one_line(error)}") from error
+    _warn_of_missing(model, info, where)
+    return model.float().eval(), _processor(where, load)
+
+
+def _warn_of_missing(model: Any, info: dict[str, Any], where: str) -> None:
+    """A new head is expected; random weights below it are not."""
+    body = f"{model.base_model_prefix}."
+    lost = {str(k) for k in info["missing_keys"]} | {str(k[0]) for k in info.get("mismatched_keys", ())}
+    lost = sorted(k for k in lost if k.startswith(body) and "pooler" not in k and "mask_token" not in k)
+    if lost:
+        warnings.warn(
+            f"{len(lost)} weights below the head are not in {where!r} and stay random, {lost[0]!r} among them",
+            stacklevel=4,
+        )
 
 
 def _auto_class(config: Any, task: str | None, num_labels: int | None):
@@ -330,18 +356,26 @@ def _auto_class(config: Any, task: str | None, num_labels: int | None):
     )
 
 
-def _processor(where: str, trust: bool):
-    """The first of processor, image processor and tokenizer that the checkpoint has, else None."""
+def _processor(where: str, load: dict[str, Any]):
+    """The tokenizer, image processor or processor that the checkpoint has, else None."""
     import transformers as hf
 
-    from serpette.zoo.quiet import quiet_transformers
+    from ..zoo.quiet import quiet_transformers
 
     for auto in (hf.AutoTokenizer, hf.AutoImageProcessor, hf.AutoProcessor):
         try:
             with quiet_transformers():
-                found = auto.from_pretrained(where, trust_remote_code=trust)
+                found = auto.from_pretrained(where, **load)
         except Exception:  # each Auto class fails in its own way on a checkpoint that lacks the file
             continue
-        if found is not None:
-            return found
+        if auto is hf.AutoTokenizer:
+            if set(found.get_vocab()) <= set(found.all_special_tokens):
+                continue  # transformers 5 makes an empty tokenizer up where there is no vocabulary
+            if found.pad_token is None:
+                found.pad_token = found.eos_token
+        return found
     return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

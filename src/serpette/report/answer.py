@@ -28,7 +28,7 @@ def is_random(arm: Arm) -> bool:
 
 
 def find_random(run: Run, subject: Arm | None) -> Arm | None:
-    """The control of `subject`: a random choice of the same size, balanced over the classes if there is one."""
+    """The control of `subject`: a random choice of the same size, one balanced over the classes first."""
     chance = [arm for arm in run.arms if is_random(arm) and arm is not subject]
     if subject is not None:
         chance = [arm for arm in chance if arm.get("examples") == subject.get("examples")]
@@ -158,11 +158,11 @@ def noise_lines(run: Run) -> list[tuple[str, list[str]]]:
     return [line for line in lines if line[1]]
 
 
-def interval(run: Run, c: dict[str, Any], ends: bool = True) -> str:
+def interval(run: Run, c: dict[str, Any]) -> str:
     """`−2.1 (−3.5 to −0.7)`, in points or, for R2, in its own unit."""
     low, high = number(c.get("low")), number(c.get("high"))
     text = signed(run, c["difference"])
-    return text + (f" ({signed(run, low)} to {signed(run, high)})" if ends and None not in (low, high) else "")
+    return text if low is None or high is None else f"{text} ({signed(run, low)} to {signed(run, high)})"
 
 
 def signed(run: Run, difference: float) -> str:

@@ -58,13 +58,13 @@ def accuracy_against_cost(run: Run) -> str | None:
     ax.set_xlabel(f"scoring + selection + tuning, {unit}")
     ax.set_title(f"{plain(run.metric)}{', %' if run.classification else ''}", loc="left", color=THEME["soft"])
     names = [plain(arm["name"], 24) for arm, _, _ in points]
-    _place_labels(fig, ax, dots, spans, names)
+    _place_labels(fig, ax, dots, spans, names, [_mark(index[arm["name"]])[0] for arm, _, _ in points])
     said = "; ".join(f"{plain(a['name'])} {y * scale:.3g} at {seconds(x)}" for a, x, y in points)
     return inline(fig, "cost-accuracy", f"{plain(run.metric)} against cost. {said}")
 
 
-def _place_labels(fig, ax, dots, spans, names: list[str]) -> None:
-    """Puts each name near its point where it covers nothing; a thin line leads to those farther away."""
+def _place_labels(fig, ax, dots, spans, names: list[str], colors: list[str]) -> None:
+    """Puts each name near its point where it covers nothing; a line in its colour leads to those farther off."""
     fig.canvas.draw()
     fig.set_layout_engine("none")  # the layout stays as it was drawn, so that sizes in pixels are known
     to_px, renderer = ax.transData.transform, fig.canvas.get_renderer()
@@ -73,7 +73,7 @@ def _place_labels(fig, ax, dots, spans, names: list[str]) -> None:
     for x, low, high in spans:
         (px, y0), (_, y1) = to_px((x, low)), to_px((x, high))
         taken.append((px - 3, y0, px + 3, y1))
-    for dot, name in zip(dots, names, strict=True):
+    for dot, name, color in zip(dots, names, colors, strict=True):
         text = ax.text(0, 0, name, **TEXT)
         box = text.get_window_extent(renderer)
         w, h = box.width, box.height
@@ -93,10 +93,10 @@ def _place_labels(fig, ax, dots, spans, names: list[str]) -> None:
         x0, y0 = ax.transData.inverted().transform((best[0], (best[1] + best[3]) / 2))
         text.set_position((x0, y0))
         text.set_va("center_baseline")
-        if best_reach > 30:
+        if best_reach > 12:
             near = (min(max(px, best[0]), best[2]), (best[1] + best[3]) / 2)
             end = ax.transData.inverted().transform(near)
-            ax.plot([dot[0], end[0]], [dot[1], end[1]], color=THEME["line"], lw=0.8, zorder=1)
+            ax.plot([dot[0], end[0]], [dot[1], end[1]], color=color, lw=0.9, zorder=1)
 
 
 def _area(box) -> float:
@@ -109,14 +109,16 @@ def _overlap(a, b) -> float:
 
 
 def cost_split(run: Run) -> str | None:
-    """One bar an arm: scoring, selection, tuning; evaluation hatched below it, as it is not part of the cost."""
+    """One bar an arm: scoring, selection, tuning; evaluation is no part of the cost and hatched below."""
     from matplotlib.patches import Patch
 
     arms = [(arm, cost_of(arm)) for arm in run.arms if cost_of(arm) is not None]
     if not arms:
         return None
     times = [{k: number(v) or 0.0 for k, v in (arm["seconds"]).items()} for arm, _ in arms]
-    unit, per = _time_unit(max(max(c or 0, t.get("evaluation", 0)) for (_, c), t in zip(arms, times, strict=True)))
+    unit, per = _time_unit(
+        max(max(c or 0, t.get("evaluation", 0)) for (_, c), t in zip(arms, times, strict=True))
+    )
     fig, ax = figure(76 + 50 * len(arms))
     index, widest = arm_index(run), 0.0
     for row, ((arm, cost), time) in enumerate(zip(arms, times, strict=True)):
@@ -133,7 +135,9 @@ def cost_split(run: Run) -> str | None:
     _bar_axes(ax, len(arms), widest)
     ax.set_xlabel(f"time, {unit}")
     handles = [Patch(facecolor=THEME[p], label=p) for p in ("scoring", "selection", "tuning")]
-    hatched = Patch(facecolor="none", edgecolor=THEME["soft"], hatch="/////", label="evaluation, apart", lw=0.8)
+    hatched = Patch(
+        facecolor="none", edgecolor=THEME["soft"], hatch="/////", label="evaluation, apart", lw=0.8
+    )
     fig.legend(
         handles=[*handles, hatched], loc="outside upper left", ncols=4, columnspacing=0.9, handlelength=1.1,
         handletextpad=0.4, borderpad=0, borderaxespad=0, labelcolor=THEME["soft"],
@@ -165,7 +169,9 @@ def subset_distance(run: Run) -> str | None:
 def _bar_text(ax, row: int, end: float, name: object, value: str, index: int) -> None:
     color, marker = _mark(index)
     ax.plot(0.011, row - 0.35, marker, ms=7, color=color, transform=ax.get_yaxis_transform(), clip_on=False)
-    ax.text(0.038, row - 0.35, plain(name, 40), transform=ax.get_yaxis_transform(), va="center_baseline", **TEXT)
+    ax.text(
+        0.038, row - 0.35, plain(name, 40), transform=ax.get_yaxis_transform(), va="center_baseline", **TEXT
+    )
     ax.annotate(value, (end, row), xytext=(5, 0), textcoords="offset points", va="center_baseline", **SMALL)
 
 
@@ -211,7 +217,9 @@ def _groups(run: Run, scores: np.ndarray, labels: np.ndarray | None) -> list[tup
 def _histogram(run: Run, name: str, scorer: str, scores: np.ndarray, groups) -> str:
     columns = min(2 if len(groups) % 2 == 0 and len(groups) % 3 else 3, len(groups))  # fills its last row
     rows = -(-len(groups) // columns)
-    fig, axes = figure(190 if rows == 1 else 40 + 92 * rows, rows, columns, sharex=True, sharey=True, squeeze=False)
+    fig, axes = figure(
+        190 if rows == 1 else 40 + 92 * rows, rows, columns, sharex=True, sharey=True, squeeze=False
+    )
     low, high = np.quantile(scores, (0.005, 0.995))
     low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
     edges = np.linspace(low, high, 25 if len(groups) > 1 else 41)
@@ -224,7 +232,9 @@ def _histogram(run: Run, name: str, scorer: str, scores: np.ndarray, groups) -> 
         ax.stairs(_shares(values, edges), edges, fill=True, color=color, lw=0)
         if len(groups) > 1:
             ax.stairs(whole, edges, color=THEME["hist"], lw=1.1)
-        ax.plot(np.clip(np.median(values), low, high), 0, "^", ms=6, color=THEME["ink"], clip_on=False, zorder=4)
+        ax.plot(
+            np.clip(np.median(values), low, high), 0, "^", ms=6, color=THEME["ink"], clip_on=False, zorder=4
+        )
         ax.set_title(plain(title, 19 if columns == 3 else 40), loc="left", pad=3, color=THEME["ink"])
         ax.set_yticks([])
         ax.grid(False)

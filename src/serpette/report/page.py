@@ -1,4 +1,4 @@
-"""From a Run to the HTML page: tables as plain rows of text, figures as SVG, everything else in the template."""
+"""From a Run to the HTML page: tables as rows of text, figures as SVG, the rest in the template."""
 
 from __future__ import annotations
 

@@ -114,7 +114,9 @@ def _json(path: Path, kind: type) -> Any:
             f"{path} is not valid JSON ({error}); run `serpette run` again to write it"
         ) from error
     if not isinstance(value, kind):
-        raise ValueError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}; is it from Serpette?")
+        raise ValueError(
+            f"{path} holds a {type(value).__name__}, not a {kind.__name__}; is it from Serpette?"
+        )
     return value
 
 
@@ -124,5 +126,7 @@ def _scores(path: Path) -> dict[str, np.ndarray]:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    wanted = [name for name in table.column_names if name == "label" or "@" in name or name.startswith("score:")]
+    wanted = [
+        name for name in table.column_names if name == "label" or "@" in name or name.startswith("score:")
+    ]
     return {name: table.column(name).to_numpy() for name in wanted}

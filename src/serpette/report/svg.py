@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from xml.etree import ElementTree
 
 WIDTH = 400  # px; about the width of a phone, so that 11 px text stays 10 px there
@@ -22,12 +23,13 @@ ARMS = [f"#010b{i:02x}" for i in range(8)]
 VARIABLES = {hex_: f"var(--{name})" for name, hex_ in THEME.items()}
 VARIABLES |= {hex_: f"var(--arm{i})" for i, hex_ in enumerate(ARMS)}
 
-RC = {
+RC: dict[Any, Any] = {
     "svg.fonttype": "none", "svg.hashsalt": "serpette", "text.parse_math": False, "text.usetex": False,
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 11, "hatch.linewidth": 0.8,
     "axes.titlesize": 10.5, "axes.labelsize": 11, "xtick.labelsize": 10.5, "ytick.labelsize": 10.5,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": THEME["line"],
-    "axes.labelcolor": THEME["soft"], "text.color": THEME["ink"], "axes.linewidth": 1, "axes.facecolor": "none",
+    "axes.labelcolor": THEME["soft"], "text.color": THEME["ink"], "axes.linewidth": 1,
+    "axes.facecolor": "none",
     "xtick.color": THEME["line"], "ytick.color": THEME["line"], "xtick.labelcolor": THEME["soft"],
     "ytick.labelcolor": THEME["soft"], "xtick.major.size": 3, "ytick.major.size": 0, "axes.axisbelow": True,
     "axes.grid": True, "axes.grid.axis": "y", "grid.color": THEME["line"], "grid.linewidth": 0.7,
@@ -48,7 +50,7 @@ def style() -> Iterator[None]:
         yield
 
 
-def figure(height: float, rows: int = 1, columns: int = 1, **options):
+def figure(height: float, rows: int = 1, columns: int = 1, **options) -> tuple[Any, Any]:
     """`(figure, axes)` of WIDTH x height px; a Figure object of its own, no pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -101,4 +103,7 @@ def _font(match: re.Match) -> str:
 def plain(text: object, limit: int = 60) -> str:
     """Text for a figure: one line, no control characters (XML has none), not longer than `limit`."""
     line = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]+", " ", str(text)).strip()
-    return line if len(line) <= limit else line[: limit - 1].rstrip() + "…"
+    if len(line) <= limit:
+        return line
+    tail = limit // 3  # names often differ in their ends
+    return f"{line[: limit - 1 - tail].rstrip()}…{line[-tail:].lstrip()}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serpette.registry import near
+from ..registry import near
 
 from .cache import Entry, ZooError, cache_dir, ensure, fault, has_manifest
 

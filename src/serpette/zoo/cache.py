@@ -144,7 +144,6 @@ def _fetch(entry: Entry, folder: Path, broken: str, progress: bool) -> None:
                 f"the cached {entry.name!r} is damaged ({broken}) and SERPETTE_OFFLINE is set; "
                 f"unset it and run `serpette fetch {entry.name}`"
             )
-        shutil.rmtree(folder)
     said = ["offline: SERPETTE_OFFLINE is set"] if offline() else []
     for source in () if offline() else entry.sources:
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=cache_dir()))
@@ -178,6 +177,8 @@ def _finish(temporary: Path, folder: Path, source: str) -> None:
     }
     manifest = {"format": FORMAT, "source": source, "files": files}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
+    if folder.exists():  # damaged; a rename cannot replace a folder that is not empty
+        shutil.rmtree(folder)
     temporary.chmod(0o755)  # mkdtemp and some writers are private; a cache may be shared
     for path in [*paths, temporary / "manifest.json"]:
         path.chmod(0o644)

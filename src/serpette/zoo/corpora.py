@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from serpette.types import uniform_of
+from ..types import uniform_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from serpette.registry import near
+from ..registry import near
 
 
 def make(kind: str, num_labels: int = 3, seed: int = 0):
