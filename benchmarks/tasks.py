@@ -9,9 +9,10 @@ Letters: N examples, C classes, D features, P path points.
 
 from __future__ import annotations
 
-import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from serpette import zoo
+from serpette.data import budget
 from serpette.data.examples import Examples
 from serpette.data.observe import observe
+from serpette.data.selectors import Random
 from serpette.scorers import DLC
 from serpette.types import PathFeatures, PathSpec, Signals
 
@@ -30,8 +34,22 @@ POINTS = (0, 0.5, 0.25, 0.75, 0.125)  # the paper's scores stop changing at five
 
 # name: (data set, pool, test, model, its options, batch size)
 SETS = {
-    "fashion-vit": ("fashion-mnist", 8000, 5000, "vit-s", {"layers": 8, "image_size": 56, "num_labels": 10}, 64),
-    "fashion-effnet": ("fashion-mnist", 8000, 5000, "efficientnet-lite0", {"image_size": 64, "num_labels": 10}, 64),
+    "fashion-vit": (
+        "fashion-mnist",
+        8000,
+        5000,
+        "vit-s",
+        {"layers": 8, "image_size": 56, "num_labels": 10},
+        64,
+    ),
+    "fashion-effnet": (
+        "fashion-mnist",
+        8000,
+        5000,
+        "efficientnet-lite0",
+        {"image_size": 64, "num_labels": 10},
+        64,
+    ),
     "movies-minilm": ("movie-snippets", 6000, 2000, "minilm-l6", {}, 32),
 }
 
@@ -74,7 +92,9 @@ def features(name: str, pool_size: int | None = None, test_size: int | None = No
         train = zoo.load_dataset(source, "train", limit=pool_limit)
         test = zoo.load_dataset(source, "test", limit=test_limit)
         if source == "movie-snippets":  # texts of a length side by side: batches with less padding
-            train, test = (d.select(np.argsort([len(t) for t in d["text"]], kind="stable")) for d in (train, test))
+            train, test = (
+                d.select(np.argsort([len(t) for t in d["text"]], kind="stable")) for d in (train, test)
+            )
         seen = []
         for part, data, scorers in (("train", train, [DLC(points=POINTS)]), ("test", test, [])):
             examples = Examples(data, processing_class=processor)
@@ -85,7 +105,12 @@ def features(name: str, pool_size: int | None = None, test_size: int | None = No
         stacked = torch.empty(len(path.points), *pool.embeddings.shape)
         for rows, part in path.chunks():
             stacked[:, rows] = part
-        tensors = {"path": stacked, "labels": pool.labels, "test": held_out.embeddings, "test_labels": held_out.labels}
+        tensors = {
+            "path": stacked,
+            "labels": pool.labels,
+            "test": held_out.embeddings,
+            "test_labels": held_out.labels,
+        }
         facts = {"ids": "\n".join(pool.ids.tolist()), "num_classes": str(pool.num_classes)}
         facts |= {f"seconds:{k}": str(v) for k, v in seen[0].seconds.items()}
         part_file = file.with_suffix(".part")
@@ -99,6 +124,146 @@ def features(name: str, pool_size: int | None = None, test_size: int | None = No
         seconds={k.partition(":")[2]: float(v) for k, v in facts.items() if k.startswith("seconds:")},
         **tensors,
     )
+
+
+MAKE_UPS = ("clean", "wrong_labels", "long_tail")
+WRONG, TAIL = 0.2, 50  # share of labels that are wrong; the largest class over the smallest
+
+
+@dataclass
+class Task:
+    """What one seed makes of a pool: training signals, and a test set in the same space.
+
+    Args:
+        signals: of the N training examples; `labels` as a user would have them, wrong ones included,
+            `embeddings` standardised and projected on the first principal components of this training
+            set, `paths` raw.
+        wrong: (N,) True where the label was made wrong.
+        test: (M, D) in the space of `signals.embeddings`.
+        rows: (N,) of the pool.
+    """
+
+    signals: Signals
+    wrong: Tensor
+    test: Tensor
+    test_labels: Tensor
+    rows: Tensor
+
+
+def draw(
+    pool: Pool,
+    make_up: str,
+    seed: int,
+    paths: Sequence[PathSpec] = (),
+    size: int = 4000,
+    components: int = 192,
+) -> Task:
+    """`size` examples drawn class by class from the pool, then spoilt or thinned; all of it by `seed`.
+
+    Args:
+        make_up: `"clean"`; `"wrong_labels"`, where a fifth of the labels moves to another class;
+            `"long_tail"`, where class sizes fall geometrically to a fiftieth, in an order of the classes
+            that the seed permutes. The test set is never touched.
+        paths: which the scorers will look up; each gets as many of the pool's models as it has points, at most.
+    """
+    assert make_up in MAKE_UPS
+    rng = np.random.default_rng([seed, 2026])
+    quotas = budget.split(pool.labels, size)
+    rows = [rng.permutation(np.flatnonzero(pool.labels.numpy() == c))[:quota] for c, quota in quotas.items()]
+    if make_up == "long_tail":
+        shares = TAIL ** (-rng.permutation(len(rows)) / (len(rows) - 1))
+        rows = [r[: max(1, round(len(r) * share))] for r, share in zip(rows, shares, strict=True)]
+    rows = torch.from_numpy(np.sort(np.concatenate(rows)))
+    labels = pool.labels[rows].clone()
+    wrong = torch.zeros(len(rows), dtype=torch.bool)
+    if make_up == "wrong_labels":
+        wrong[rng.permutation(len(rows))[: round(WRONG * len(rows))]] = True
+        shift = torch.from_numpy(rng.integers(1, pool.num_classes, len(rows)))
+        labels[wrong] = (labels[wrong] + shift[wrong]) % pool.num_classes
+
+    x_ND, x_MD = pool.path[0, rows], pool.test
+    mean_D, std_D = x_ND.mean(0), x_ND.std(0).clamp(min=1e-6)
+    x_ND, x_MD = (
+        (x_ND - mean_D) / std_D / x_ND.shape[1] ** 0.5,
+        (x_MD - mean_D) / std_D / x_ND.shape[1] ** 0.5,
+    )
+    _, axes_DD = torch.linalg.eigh(x_ND.T.double() @ x_ND.double())
+    axes_DK = axes_DD[:, -components:].flip(1).float()  # mean square norm of an example: about 1
+
+    def chunks(points: int):
+        for part in torch.arange(len(rows)).split(500):
+            yield part, pool.path[:points, rows[part]]
+
+    def along(spec: PathSpec) -> PathFeatures:
+        points = min(len(spec.points), len(pool.path))
+        return PathFeatures(tuple(Fraction(str(p)) for p in POINTS[:points]), lambda: chunks(points))
+
+    signals = Signals(
+        ids=pool.ids[rows.numpy()],
+        labels=labels,
+        num_classes=pool.num_classes,
+        embeddings=x_ND @ axes_DK,
+        paths={spec: along(spec) for spec in paths},
+        seed=seed,
+    )
+    return Task(signals, wrong, x_MD @ axes_DK, pool.test_labels, rows)
+
+
+PENALTIES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
+
+
+def fit_head(x_ND: Tensor, y_N: Tensor, num_classes: int, penalty: float) -> tuple[Tensor, Tensor]:
+    """Logistic regression: weights (D, C), bias (C,) of least mean cross-entropy + penalty / 2 ||W||^2.
+
+    L-BFGS in the coordinates V = R W with R'R = X'X / 2N + penalty: a bound of the Hessian (Boehning 1992),
+    which makes the problem round and saves most of the iterations.
+    """
+    mean_D = x_ND.mean(0)
+    z_ND = x_ND - mean_D
+    bound_DD = z_ND.T @ z_ND / (2 * len(z_ND)) + penalty * torch.eye(z_ND.shape[1])
+    R_DD = torch.linalg.cholesky(bound_DD, upper=True)
+    z_ND = torch.linalg.solve_triangular(R_DD, z_ND, upper=True, left=False)
+    V_DC = torch.zeros(z_ND.shape[1], num_classes, requires_grad=True)
+    b_C = torch.zeros(num_classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS(
+        [V_DC, b_C], max_iter=100, tolerance_grad=1e-5, tolerance_change=1e-7, line_search_fn="strong_wolfe"
+    )
+    inverse_DD = torch.linalg.solve_triangular(R_DD, torch.eye(len(R_DD)), upper=True)
+    metric_DD = inverse_DD.T @ inverse_DD  # ||W||^2 = V' metric V
+
+    def closure():
+        optimizer.zero_grad()
+        loss = cross_entropy(z_ND @ V_DC + b_C, y_N) + penalty / 2 * (V_DC * (metric_DD @ V_DC)).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    W_DC = inverse_DD @ V_DC.detach()
+    return W_DC, b_C.detach() - mean_D @ W_DC
+
+
+def choose_penalty(task: Task, k: int, seed: int) -> float:
+    """The penalty that suits a stratified random subset of k training examples, by splits of that subset.
+
+    One choice for every method, from training data with its noise and imbalance alone. Small subsets are
+    split several times, until about 400 validation examples have been seen.
+    """
+    signals = task.signals
+    generator = torch.Generator().manual_seed(seed)
+    picks = budget.select(
+        Random(), torch.zeros(len(signals)), k, labels=signals.labels, per_class=True, generator=generator
+    )
+    held = max(1, round(0.2 * k))
+    right = dict.fromkeys(PENALTIES, 0.0)
+    for _ in range(min(8, -(-400 // held))):
+        mixed = picks[torch.randperm(k, generator=generator)]
+        val, train = mixed[:held], mixed[held:]
+        for penalty in PENALTIES:
+            W, b = fit_head(signals.embeddings[train], signals.labels[train], signals.num_classes, penalty)
+            right[penalty] += float(
+                ((signals.embeddings[val] @ W + b).argmax(1) == signals.labels[val]).sum()
+            )
+    return max(PENALTIES, key=lambda p: (right[p], p))
 
 
 if __name__ == "__main__":  # python benchmarks/tasks.py [set ...] fills the cache

@@ -189,22 +189,17 @@ def test_overrides_are_checked_and_explained(serpette, module, recipe):
 
 
 def test_score_then_select(serpette, tmp_path):
+    from transformers import ViTImageProcessor
+
     from serpette import zoo
 
     model = tmp_path / "model"
-    zoo.tiny("vit", num_labels=10).save_pretrained(model)
-    given = [
-        "--model",
-        model,
-        "--dataset",
-        "digits",
-        "--out",
-        tmp_path / "scores",
-        "--limit",
-        40,
-        "--batch-size",
-        16,
-    ]
+    network = zoo.tiny("vit", num_labels=10)
+    network.save_pretrained(model)
+    size = network.config.image_size
+    ViTImageProcessor(size={"height": size, "width": size}).save_pretrained(model)
+    given = ["--model", model, "--dataset", "digits", "--limit", 40, "--batch-size", 16]
+    given += ["--out", tmp_path / "scores"]
     code, out, err = serpette("score", *given, "--scorer", "dlc", "--scorer", "entropy", "--seed", 2)
     assert code == 0, err
     assert out.splitlines()[-1] == str(tmp_path / "scores" / "scores.parquet")

@@ -110,9 +110,8 @@ def score(
     from .data.sources import open_dataset, open_model
 
     examples = open_dataset(dataset, split, limit=limit, seed=seed)
-    classes = Examples(examples).class_names
-    task = "classification" if classes else "regression"
-    network, processor = open_model(model, task=task, num_labels=len(classes) if classes else 1, seed=seed)
+    task, classes = Examples(examples).target()
+    network, processor = open_model(model, task=task, num_labels=classes or 1, seed=seed)
     pruner.score(
         network,
         examples,

@@ -70,7 +70,7 @@ class MaskedPath:
         weights = maskable(model, head)
         if not weights:
             raise ValueError(
-                f"{type(model).__name__} has no floating-point Linear or Conv weight to mask besides its head; "
+                f"{type(model).__name__} has no floating-point Linear or Conv weight to mask but its head; "
                 "a learning path needs a model with hidden layers: choose a scorer that needs no path"
             )
         magnitudes = {name: _magnitude(name, w, spec) for name, w in weights.items()}
@@ -96,7 +96,7 @@ class MaskedPath:
         originals = [weight.data for weight, _ in self._levels]
         try:
             for weight, level in self._levels:
-                # 0 or 1 in the weight's own dtype, then times it in place: w * (level > rank) takes three times as long
+                # 0 or 1 in the weight's dtype, then times it in place: thrice as fast as w * (level > rank)
                 weight.data = torch.gt(level, rank, out=torch.empty_like(weight.data)).mul_(weight.data)
             yield
         finally:

@@ -11,7 +11,6 @@ import io
 import json
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,19 +73,25 @@ class Job:
         self.recipe, self.say, self.folder = recipe, say, recipe.folder
         data = recipe.data
         self.train = open_dataset(data.train, data.train_split, limit=data.train_limit, seed=recipe.seed)
-        self.test = open_dataset(data.test or data.train, data.test_split, limit=data.test_limit, seed=recipe.seed)
-        names = Examples(self.train).class_names
-        self.classes = names or []
-        self.task = "classification" if names else "regression"
-        options = {"seed": recipe.seed} | recipe.model.options
+        self.test = open_dataset(
+            data.test or data.train, data.test_split, limit=data.test_limit, seed=recipe.seed
+        )
+        rows = Examples(self.train)
+        self.task, num_classes = rows.target()
+        self.classes = rows.class_names or [str(c) for c in range(num_classes)]
         self.model, self.processor = open_model(
-            recipe.model.name, task=self.task, num_labels=len(names) if names else 1, **options
+            recipe.model.name,
+            task=self.task,
+            num_labels=num_classes or 1,
+            **({"seed": recipe.seed} | recipe.model.options),
         )
         self.train_examples = Examples(self.train, processing_class=self.processor)
         self.test_examples = Examples(self.test, processing_class=self.processor)
         labels = self.test_examples.labels()
         if labels is None:
-            raise ValueError(f"data.test={data.test or data.train!r} has no label column; nothing could be measured")
+            raise ValueError(
+                f"data.test={data.test or data.train!r} has no label column; nothing could be measured"
+            )
         self.test_labels = check_labels(labels, self.test_examples.ids, len(self.classes), self.task)
         self.methods = self._methods()
         self.say(f"scoring {len(self.train):,} examples: {', '.join(self.methods)}")
@@ -103,7 +108,8 @@ class Job:
             on_bad=recipe.on_bad,
             progress=say.shown,
         )
-        self.scores.save(self.folder)  # scores.parquet beside the report
+        table = self.folder / "scores" / "scores.parquet"
+        write_atomic(self.folder / table.name, table.read_bytes())  # beside the report
 
     def _methods(self) -> dict[str, Any]:
         """{name: scorer}; two arms that use one scorer with other options get a score of their own."""
@@ -138,7 +144,10 @@ class Job:
         selection = pruner.select(
             scores, selector, arm.keep, scorer=scorer, per_class=arm.per_class, seed=self.recipe.seed
         )
-        seconds = {"scoring": self._scoring_seconds(arm, selector), "selection": sum(selection.seconds.values())}
+        seconds = {
+            "scoring": self._scoring_seconds(arm, selector),
+            "selection": sum(selection.seconds.values()),
+        }
         return selection.positions, describe(selection.selector), seconds
 
     def _scoring_seconds(self, arm: ArmSpec, selector: Any) -> float:
@@ -165,7 +174,9 @@ class Job:
         labels = self.scores.signals.labels
         assert labels is not None
         steps = tune.epochs * -(-len(positions) // tune.batch_size)
-        self.say(f"{arm.name}: tuning on {len(positions):,} of {self.scores.total:,} examples, {steps:,} steps")
+        self.say(
+            f"{arm.name}: tuning on {len(positions):,} of {self.scores.total:,} examples, {steps:,} steps"
+        )
         set_seeds(seed)
         rows = self.scores.rows[positions]
         device = next(self.model.parameters()).device
@@ -253,7 +264,9 @@ class Job:
         if arm.scorer is not None:
             method = self.methods[self.scorer_of[arm.name]]
             passes = len(self.scores.signals.paths[method.path].points) if hasattr(method, "path") else 1
-        scoring = forward_flops(self.model, inputs) / len(batch) * passes * self.scores.total if passes else 0.0
+        scoring = (
+            forward_flops(self.model, inputs) / len(batch) * passes * self.scores.total if passes else 0.0
+        )
         return {"scoring": scoring, "tuning": a_row * len(rows) * self.recipe.tune.epochs}
 
     def result(self, arms: list[dict[str, Any]]) -> dict[str, Any]:
@@ -296,7 +309,7 @@ class Job:
         }
 
     def gallery(self) -> list[dict[str, Any]]:
-        """The easiest and the hardest examples of each class by the first scorer along a path, or the first."""
+        """The easiest and the hardest examples of each class, by the first scorer along a path."""
         name = next((n for n, m in self.methods.items() if hasattr(m, "path")), None)
         if name is None or self.task != "classification":
             return []
@@ -311,7 +324,8 @@ class Job:
                     shown = self._show(int(self.scores.rows[i]))
                     if shown:
                         entries.append(
-                            {"class": c, "kind": kind, "id": str(signals.ids[i]), "score": float(values[i])} | shown
+                            {"class": c, "kind": kind, "id": str(signals.ids[i]), "score": float(values[i])}
+                            | shown
                         )
         return entries
 
@@ -384,7 +398,8 @@ def _claim(folder: Path, recipe: Recipe) -> None:
         write_atomic(path, text)
     elif path.read_text(encoding="utf-8") != text:
         raise ValueError(
-            f"{folder} holds the run of another recipe; give another folder with --out, or delete it to start afresh"
+            f"{folder} holds the run of another recipe; "
+            "give another folder with --out, or delete it to start afresh"
         )
 
 
@@ -392,16 +407,18 @@ class _Sayer:
     """One line a stage, and a bar for the steps of the running arm."""
 
     def __init__(self, shown: bool):
+        from rich.console import Console
+
         self.shown = shown
+        self._terminal = Console().is_terminal
         self._bar: Any = None
-        self._close: Callable[[], None] = lambda: None
 
     def __call__(self, line: str) -> None:
         if self.shown:
             print(f"==> {line}", flush=True)
 
     def step(self, step: int, total: int) -> None:
-        if not self.shown:
+        if not (self.shown and self._terminal):
             return
         if self._bar is None:
             from rich.progress import Progress

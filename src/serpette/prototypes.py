@@ -1,6 +1,7 @@
 r"""A classifier without training, along a learning path: class means as prototypes.
 
-    mu_c = mean of h_0(x) over class c,    z_c(x, t) = -||h_t(x) - mu_c|| / temperature   or   1 / ||h_t(x) - mu_c||
+    mu_c = mean of h_0(x) over class c
+    z_c(x, t) = -||h_t(x) - mu_c|| / temperature   or   1 / ||h_t(x) - mu_c||
 
 h_t is the encoder with point t's mask in place. Two passes over the chunks of features, in float64,
 so that memory stays flat and the order of the examples does not matter.

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 
 def near(name: str, names: Iterable[str]) -> str:
@@ -34,7 +35,7 @@ class Registry(Mapping[str, type]):
                 for cls in vars(module).values():
                     if inspect.isclass(cls) and cls.__module__ == module.__name__:
                         if isinstance(cls.__dict__.get("name"), str):
-                            found[cls.name] = cls
+                            found[cls.__dict__["name"]] = cls
             self._classes = dict(sorted(found.items()))
         return self._classes
 
@@ -53,7 +54,7 @@ class Registry(Mapping[str, type]):
     def __len__(self) -> int:
         return len(self._load())
 
-    def make(self, method, **options):
+    def make(self, method: Any, **options: Any) -> Any:
         """An instance: `method` is a name (made with `options`) or an object, returned as it is."""
         if not isinstance(method, str):
             if inspect.isclass(method):

@@ -1,8 +1,9 @@
-"""What trains, and the stock Trainer over numbered examples: used by the recipes and by the fine-tuned proxy."""
+"""What trains, and the stock Trainer over numbered examples: for recipes and for the fine-tuned proxy."""
 
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -105,4 +106,7 @@ def train(
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":  # it prints a dict where tqdm is off
                 trainer.remove_callback(type(callback))
-        trainer.train()
+        with warnings.catch_warnings():
+            # transformers warns of names that peft and its own Trainer still use
+            warnings.simplefilter("ignore", FutureWarning)
+            trainer.train()

@@ -5,7 +5,7 @@ Letters used everywhere: N examples, C classes, D features, P path points, T vis
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Literal, Protocol, runtime_checkable
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 Task = Literal["classification", "regression"]
+PerClass = bool | Literal["proportional", "equal"]
 CLASSIFICATION: frozenset[str] = frozenset({"classification"})
+Chunk = tuple[Tensor, Tensor]
 ANY_TASK: frozenset[str] = frozenset({"classification", "regression"})
 
 
@@ -46,14 +48,21 @@ class PathFeatures:
     """Features of N examples under each model of a path, held in chunks so that memory stays flat.
 
     `chunks()` yields `(rows, features)`: rows (n,) int64 positions among the N examples, features
-    (P, n, D) float32. Point 0 is the unmasked model.
+    (P, n, D) float32. Point 0 is the unmasked model. `curve` of an adaptive path: (points, rank
+    correlation with one point less).
     """
 
-    def __init__(self, points: tuple[Fraction, ...], chunks, curve: list[float] | None = None):
+    def __init__(
+        self,
+        points: tuple[Fraction, ...],
+        chunks: Iterable[Chunk] | Callable[[], Iterable[Chunk]],
+        curve: list[tuple[int, float]] | None = None,
+    ):
         self.points, self._chunks, self.curve = points, chunks, curve or []
 
-    def chunks(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return iter(self._chunks() if callable(self._chunks) else self._chunks)
+    def chunks(self) -> Iterator[Chunk]:
+        chunks = self._chunks
+        yield from chunks() if callable(chunks) else chunks
 
     def subset(self, rows: Tensor, total: int) -> PathFeatures:
         """The same path for `rows` (k,) of the `total` examples, renumbered 0..k-1 in that order."""

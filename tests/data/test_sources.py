@@ -165,7 +165,7 @@ def test_unknown_sources(source, message):
 
 def test_unreadable_files(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n{"text": \n')
-    with pytest.raises(ValueError, match="'a.jsonl' line 2 is not JSON"):
+    with pytest.raises(ValueError, match="'a.jsonl' cannot be read: line 2 is not JSON"):
         open_dataset(tmp_path / "a.jsonl")
     (tmp_path / "a.parquet").write_bytes(b"not parquet")
     with pytest.raises(ValueError, match="'a.parquet' cannot be read"):
@@ -250,7 +250,9 @@ def test_weights_that_are_missing_below_the_head_are_named(tmp_path):
 def test_options_are_fields_of_the_configuration(tmp_path):
     zoo.tiny("vit").save_pretrained(tmp_path)
     assert open_model(tmp_path, hidden_dropout_prob=0.3)[0].config.hidden_dropout_prob == 0.3
-    with pytest.raises(ValueError, match="no option 'hidden_dropout_prop' .* did you mean 'hidden_dropout_prob'"):
+    with pytest.raises(
+        ValueError, match="no option 'hidden_dropout_prop' .* did you mean 'hidden_dropout_prob'"
+    ):
         open_model(tmp_path, hidden_dropout_prop=0.3)
 
 
@@ -300,7 +302,9 @@ def test_unknown_models(source, options, message):
 def test_no_head_for_the_task(tmp_path):
     from transformers import T5Config
 
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "time_series_transformer", "prediction_length": 2}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "time_series_transformer", "prediction_length": 2})
+    )
     with pytest.raises(ValueError, match="no classification head"):
         open_model(tmp_path, num_labels=2)
     T5Config(d_model=8, num_layers=1).save_pretrained(tmp_path)

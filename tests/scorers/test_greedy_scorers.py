@@ -19,13 +19,16 @@ def test_k_center(picks):
     assert registry["k_center"](picks=picks)(signals).tolist() == oracles.turns(order)
 
 
+@pytest.mark.parametrize("epsilon", [1e-3, 1.0])
 @pytest.mark.parametrize("picks", [None, 6])
-def test_contextual_diversity(picks):
+def test_contextual_diversity(picks, epsilon):
     signals = make_signals(n=25)
-    order = oracles.k_center(
-        signals.logits, first_of(signals), lambda z, w: oracles.symmetric_kl(z, w, 1e-3), picks
-    )
-    scores = registry["contextual_diversity"](epsilon=1e-3, picks=picks)(signals)
+
+    def d(z, w):
+        return oracles.symmetric_kl(z, w, epsilon)
+
+    order = oracles.k_center(signals.logits, first_of(signals), d, picks)
+    scores = registry["contextual_diversity"](epsilon=epsilon, picks=picks)(signals)
     assert scores.tolist() == oracles.turns(order)
 
 

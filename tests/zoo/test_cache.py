@@ -200,7 +200,9 @@ ensure(Entry("thing", "model", "", "MIT", 1, sources=(Slow(),)), progress=False)
 
 def child(tmp_path, seconds):
     code = textwrap.dedent(CHILD.format(log=str(tmp_path / "log"), seconds=seconds))
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ))
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
 
 
 def test_a_killed_fetch_starts_afresh(own_cache, tmp_path):

@@ -19,7 +19,9 @@ def test_tiny_models_learn_from_their_seed(kind):
     assert not a.training and a.num_parameters() < 30_000
 
 
-@pytest.mark.parametrize(("kind", "inputs"), [("vit", "pixel_values"), ("resnet", "pixel_values"), ("bert", "input_ids")])
+@pytest.mark.parametrize(
+    ("kind", "inputs"), [("vit", "pixel_values"), ("resnet", "pixel_values"), ("bert", "input_ids")]
+)
 def test_tiny_classifiers_run_and_learn(kind, inputs):
     model = zoo.tiny(kind, num_labels=5)
     x = torch.randn(2, 3, 32, 32) if inputs == "pixel_values" else torch.randint(1, 100, (2, 7))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import datasets
@@ -66,7 +66,9 @@ class Examples:
         self.columns = list(dataset.column_names) if isinstance(dataset, datasets.Dataset) else []
         self.label_column = label_column or _first(LABEL_COLUMNS, self.columns)
         if label_column and self.columns and label_column not in self.columns:
-            raise ValueError(f"label_column={label_column!r} is not a column; columns: {', '.join(self.columns)}")
+            raise ValueError(
+                f"label_column={label_column!r} is not a column; columns: {', '.join(self.columns)}"
+            )
         self.ids = self._read_ids(id_column)
         self._rows = self._encoded_images(dataset)
 
@@ -82,7 +84,7 @@ class Examples:
         ids = np.array([str(i) for i in self._column(column)])
         unique, counts = np.unique(ids, return_counts=True)
         if len(unique) < len(ids):
-            twice = ", ".join(map(repr, unique[counts > 1][:3]))
+            twice = ", ".join(repr(str(i)) for i in unique[counts > 1][:3])
             raise ValueError(
                 f"ids must be unique: {twice} occur more than once in column {column!r}; "
                 "remove the duplicates or name another column with id_column="
@@ -108,6 +110,22 @@ class Examples:
             if isinstance(feature, datasets.ClassLabel):
                 return list(feature.names)
         return None
+
+    def target(self) -> tuple[Task, int]:
+        """(task, number of classes or 0), by the label column: whole numbers are classes, others are targets.
+
+        Raises:
+            ValueError: no labels that can be read without the inputs, or they are neither.
+        """
+        if self.class_names:
+            return "classification", len(self.class_names)
+        raw = self.labels()
+        if raw is None:
+            columns = ", ".join(self.columns) or "none"
+            raise ValueError(f"no label column found; columns: {columns}; name it with label_column=")
+        if any(isinstance(label, float) for label in raw):
+            return "regression", 0
+        return "classification", int(check_labels(raw, self.ids, 0, "classification").max()) + 1
 
     def labels(self) -> list | None:
         """Raw labels where they can be had without decoding the examples, else None."""
@@ -138,7 +156,7 @@ class Examples:
         for name, value in inputs.items():
             if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                 finite = torch.isfinite(value).flatten(1).all(1)
-                who = self.ids[good[int((~finite).nonzero()[0, 0])]]
+                who = str(self.ids[good[int((~finite).nonzero()[0, 0])]])
                 raise ValueError(
                     f"NaN or infinity in {name!r} of the example with id {who!r}; "
                     "mend or remove it: no score would mean anything"
@@ -219,7 +237,7 @@ def decode_image(value: Any) -> Any:
         raise BadExample(f"the image does not decode: {error}") from error
 
 
-def check_labels(raw: Sequence, ids: Sequence, num_classes: int, task: Task) -> Tensor:
+def check_labels(raw: Iterable, ids: Iterable, num_classes: int, task: Task) -> Tensor:
     """Labels as (N,) int64 class indices, or float32 targets in a regression.
 
     Args:
@@ -250,11 +268,10 @@ def check_labels(raw: Sequence, ids: Sequence, num_classes: int, task: Task) -> 
         elif label != int(label):
             raise ValueError(f"{where} must be a class index; for a regression say task='regression'")
         elif label < 0 or (num_classes and label >= num_classes):
+            limit = f"in 0..{num_classes - 1}" if num_classes else "at least 0"
             raise ValueError(
-                f"{where} must be in 0..{num_classes - 1}" * bool(num_classes)
-                + f"{where} must be at least 0" * (not num_classes)
-                + "; load the model with as many classes as the data have (num_labels=), "
-                "or remove unlabelled examples"
+                f"{where} must be {limit}; load the model with as many classes as the data "
+                "have (num_labels=), or remove unlabelled examples"
             )
         values.append(label)
     return torch.tensor(values, dtype=torch.float32 if task == "regression" else torch.int64)

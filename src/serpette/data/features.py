@@ -20,7 +20,7 @@ def find_head(model: nn.Module) -> nn.Linear | None:
 
 
 class Reader:
-    """Runs `model` on a batch: `reader(inputs)` gives (features (n, D), logits (n, C) or None), float32 on the CPU.
+    """Runs `model` on a batch: gives features (n, D) and logits (n, C) or None, float32 on the CPU.
 
     The features are the input of the classification head (the mean over tokens that are attended if
     it has a token axis), or the pooled output of a backbone without a head. `features` overrides
@@ -42,7 +42,9 @@ class Reader:
             if features not in modules:
                 from ..registry import near
 
-                raise ValueError(f"features={features!r} is not a module of the model{near(features, modules)}")
+                raise ValueError(
+                    f"features={features!r} is not a module of the model{near(features, modules)}"
+                )
             self.tap = modules[features]
         if self.tap is None and not callable(features) and not self.is_transformers:
             raise ValueError(
@@ -67,7 +69,7 @@ class Reader:
                 handle.remove()
         mask = inputs.get("attention_mask")
         if self.tap is None:
-            pooled, logits = _pooled_output(output, mask), None
+            pooled, logits = _pooled_output(output, is_text="input_ids" in inputs), None
         else:
             assert self._tapped is not None, "the head was not reached by the forward pass"
             pooled, self._tapped = self._tapped, None
@@ -81,8 +83,8 @@ class Reader:
         self._tapped = args[0].detach()
 
 
-def _pooled_output(output: Any, mask: Tensor | None) -> Tensor:
-    if mask is None and getattr(output, "pooler_output", None) is not None:
+def _pooled_output(output: Any, is_text: bool) -> Tensor:
+    if not is_text and getattr(output, "pooler_output", None) is not None:
         return output.pooler_output  # vision: CLS after the norm, or the pooled map of a CNN
     return output.last_hidden_state  # text: mean over the tokens, as sentence encoders are used
 

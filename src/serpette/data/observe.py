@@ -101,10 +101,13 @@ def observe(
             num_classes = int(labels.max()) + 1
     if names and num_classes and len(names) > num_classes:
         raise ValueError(
-            f"the model has {num_classes} classes, the data set {len(names)}; load it with num_labels={len(names)}"
+            f"the model has {num_classes} classes, the data set {len(names)}; "
+            f"load it with num_labels={len(names)}"
         )
     if task == "classification" and not num_classes:
-        raise ValueError("the number of classes is not known: give a model with a head, or data with a label column")
+        raise ValueError(
+            "the number of classes is not known: give a model with a head, or data with a label column"
+        )
 
     by_path: dict[PathSpec, Any] = {}
     for scorer in scorers:
@@ -112,7 +115,9 @@ def observe(
             by_path.setdefault(scorer.path, scorer)
     masked = {spec: MaskedPath(model, spec, reader.head) for spec in by_path}
     plan = _plan(examples, batch_size, chunk_size, pilot=any(spec.adaptive for spec in by_path))
-    store = ChunkStore(folder, _fingerprint(model, examples, raw, by_path, features, batch_size, chunk_size, precision))
+    store = ChunkStore(
+        folder, _fingerprint(model, examples, raw, by_path, features, batch_size, chunk_size, precision)
+    )
     work = _Work(reader, examples, store, plan, task, num_classes, on_bad, precision, num_workers)
 
     rank, world = _processes()
@@ -260,7 +265,7 @@ def _grow(
 
 
 def _plan(examples: Examples, batch_size: int, chunk_size: int, pilot: bool) -> list[list[list[int]]]:
-    """chunk -> batch -> rows. The pilot is the first chunk: the examples with the smallest hash of their id."""
+    """Chunk -> batch -> rows. The pilot comes first: the examples with the smallest hash of their id."""
     if batch_size < 1 or chunk_size < 1:
         raise ValueError(f"batch_size={batch_size} and chunk_size={chunk_size} must be at least 1")
     rows = np.arange(len(examples))
@@ -275,28 +280,40 @@ def _plan(examples: Examples, batch_size: int, chunk_size: int, pilot: bool) -> 
 
 
 def _gather(
-    store: ChunkStore, chunks: int, examples: Examples, by_path: dict, lengths: dict, num_classes: int, seed: int
+    store: ChunkStore,
+    chunks: int,
+    examples: Examples,
+    by_path: dict,
+    lengths: dict,
+    num_classes: int,
+    seed: int,
 ) -> Observation:
-    parts, set_aside = [], {}
+    set_aside: dict[str, str] = {}
     seconds = {"decoding": 0.0, "unmasked": 0.0, "path": 0.0}
+    found = []
     for number in range(chunks):
-        tensors, meta = store.read(number, ("rows", "labels", "embeddings", "logits"))
+        tensors, meta = store.read(number, ("rows",))
+        found.append(tensors["rows"])
         set_aside |= meta["set_aside"]
         for part, value in meta["seconds"].items():
             seconds[part] += value
-        if len(tensors["rows"]):
-            parts.append(tensors)
-    if not parts:
-        raise ValueError(f"none of the {len(examples)} examples could be read; the first: {next(iter(set_aside.items()))}")
-    rows = torch.cat([t["rows"] for t in parts])
-    order = rows.argsort()
-    rows = rows[order]
-
-    def joined(name: str) -> Tensor | None:
-        return torch.cat([t[name] for t in parts])[order] if name in parts[0] else None
-
+    rows = torch.cat(found).sort().values
+    if not len(rows):
+        raise ValueError(
+            f"none of the {len(examples)} examples could be read; the first: {next(iter(set_aside.items()))}"
+        )
     position = torch.full((len(examples),), -1)
     position[rows] = torch.arange(len(rows))
+
+    def joined(name: str) -> Tensor | None:
+        whole = None  # filled chunk by chunk, so that it is held once; joining and sorting holds it thrice
+        for number in range(chunks):
+            tensors, _ = store.read(number, ("rows", name))
+            if len(tensors["rows"]) and name in tensors:
+                if whole is None:
+                    whole = tensors[name].new_empty(len(rows), *tensors[name].shape[1:])
+                whole[position[tensors["rows"]]] = tensors[name]
+        return whole
 
     def path_chunks(key: str, points: int) -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(chunks):
@@ -342,11 +359,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _progress(total: int, description: str, shown: bool) -> Iterator[Callable[[], None]]:
-    if not shown or total < 2:
-        yield lambda: None
-        return
+    from rich.console import Console
     from rich.progress import Progress
 
+    if not shown or total < 2 or not Console().is_terminal:
+        yield lambda: None
+        return
     with Progress(transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda: bar.advance(task)

@@ -44,7 +44,9 @@ class Probe:
     def train(self, signals: Signals) -> Signals:
         """`signals` with `logits` (N, C), `early_logits` (S, N, C) and `history` (T, N, C)."""
         embeddings, labels = signals.require("embeddings", "probe"), signals.require("labels", "probe")
-        order = torch.from_numpy(np.argsort(signals.ids, kind="stable"))  # so that the given order is no matter
+        order = torch.from_numpy(
+            np.argsort(signals.ids, kind="stable")
+        )  # so that the given order is no matter
         back = order.argsort()
         z_ND = embeddings[order].double()
         std_D = z_ND.std(0, correction=0)
@@ -53,7 +55,9 @@ class Probe:
         y_N = labels[order]
         history, logits, early = None, None, []
         for seed in range(self.seeds):
-            visits, after_early, final = self._fit(z_ND, y_N, signals.num_classes, signals.seed * 1000 + seed, seed == 0)
+            visits, after_early, final = self._fit(
+                z_ND, y_N, signals.num_classes, signals.seed * 1000 + seed, seed == 0
+            )
             early.append(after_early[back])
             if seed == 0:
                 history, logits = visits[:, back], final[back]
@@ -115,7 +119,9 @@ def loss_of(output: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return cross_entropy(output, labels) if num_classes else mse_loss(output.squeeze(-1), labels)
 
 
-def record_history(model: nn.Module, examples: Examples, rows: Tensor, signals: Signals, run: FineTune) -> Tensor:
+def record_history(
+    model: nn.Module, examples: Examples, rows: Tensor, signals: Signals, run: FineTune
+) -> Tensor:
     """Logits (T, N, C) of each example at each of its visits during a run of the Trainer."""
     labels = signals.require("labels", "record_history")
     history = torch.zeros(run.epochs, len(rows), max(1, signals.num_classes))
@@ -132,7 +138,7 @@ def record_history(model: nn.Module, examples: Examples, rows: Tensor, signals: 
             super().__init__()
             self.tuned = model
 
-        def forward(self, labels=None, positions=None, **inputs):
+        def forward(self, labels: Tensor, positions: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
             output = self.tuned(inputs["x"]) if set(inputs) == {"x"} else self.tuned(**inputs)
             logits = output if torch.is_tensor(output) else output.logits
             seen = positions.cpu()

@@ -1,6 +1,6 @@
 """Data pruning in scikit-learn's manners: `DataPruner.fit`, `transform`; and the same as functions.
 
-    score -> Scores (on disk if you like) -> select -> a smaller data set
+score -> Scores (on disk if you like) -> select -> a smaller data set
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .. import scorers as scorer_methods
 from ..cost import measure, versions
 from ..registry import near
-from ..types import Scorer, Selector, Signals, Task
+from ..types import PerClass, Scorer, Selector, Signals, Task
 from . import budget
 from . import selectors as selector_methods
 from .examples import Examples
@@ -63,7 +63,9 @@ class Scores:
         if scorer is None and len(self.values) == 1:
             scorer = next(iter(self.values))
         if scorer not in self.values:
-            raise ValueError(f"scorer={scorer!r} is not among the scores held{near(str(scorer), self.values)}")
+            raise ValueError(
+                f"scorer={scorer!r} is not among the scores held{near(str(scorer), self.values)}"
+            )
         return scorer, self.values[scorer]
 
     def save(self, folder: str | Path) -> Path:
@@ -114,7 +116,9 @@ class Scores:
 
         folder = Path(folder)
         if not (folder / "scores.parquet").exists():
-            raise ValueError(f"{str(folder)!r} holds no scores.parquet; make it with `serpette score --out {folder}`")
+            raise ValueError(
+                f"{str(folder)!r} holds no scores.parquet; make it with `serpette score --out {folder}`"
+            )
         table = pq.read_table(folder / "scores.parquet")
         result = json.loads((folder / "result.json").read_text())
         tensors = load_file(folder / "embeddings.safetensors")
@@ -180,9 +184,8 @@ def score(
         >>> serpette.score(model, data, ["dlc", "el2n"]).values["dlc"].shape
         torch.Size([20])
     """
-    if isinstance(scorers, str) or not isinstance(scorers, Sequence):
-        scorers = [scorers]
-    methods = [scorer_methods.registry.make(s) for s in scorers]
+    several = scorers if isinstance(scorers, (list, tuple)) else [scorers]
+    methods = [scorer_methods.registry.make(s) for s in several]
     names = [m.name for m in methods]
     if len(set(names)) < len(names):
         raise ValueError(f"scorers={names} must have different names; give an object another `name`")
@@ -230,7 +233,9 @@ def score(
             if hasattr(method, "along_path"):
                 path = signals.paths[method.path]
                 along = method.along_path(signals)
-                scores.path_values[method.name] = {float(p): v for p, v in zip(path.points, along, strict=True)}
+                scores.path_values[method.name] = {
+                    float(p): v for p, v in zip(path.points, along, strict=True)
+                }
                 scores.values[method.name] = along.mean(0)
                 if path.curve:
                     scores.curves[method.name] = path.curve
@@ -249,7 +254,7 @@ def select(
     keep: float = 0.3,
     *,
     scorer: str | None = None,
-    per_class: bool | str | None = None,
+    per_class: PerClass | None = None,
     seed: int = 0,
 ) -> Selection:
     """Which examples stay: `keep` of all of the data set, exactly.
@@ -270,11 +275,14 @@ def select(
     if per_class is None:
         per_class = signals.num_classes > 0
     if per_class and not signals.num_classes:
-        raise ValueError(f"per_class={per_class!r} needs classes, and this is a regression; give per_class=False")
+        raise ValueError(
+            f"per_class={per_class!r} needs classes, and this is a regression; give per_class=False"
+        )
     k = budget.count(scores.total, keep)
     if k > len(signals):
         raise ValueError(
-            f"keep={keep} asks for {k} examples, but only {len(signals)} of {scores.total} could be read; lower it"
+            f"keep={keep} asks for {k} examples, but only {len(signals)} of {scores.total} could be read; "
+            "lower it"
         )
     start, table = time.perf_counter(), []
     if hasattr(selector, "candidates") and (candidates := selector.candidates()) and len(candidates) > 1:
@@ -288,7 +296,9 @@ def select(
     searched = time.perf_counter() - start
 
     start = time.perf_counter()
-    order = torch.from_numpy(np.argsort(signals.ids, kind="stable"))  # picks do not depend on the order of the rows
+    order = torch.from_numpy(
+        np.argsort(signals.ids, kind="stable")
+    )  # picks do not depend on the order of the rows
     labels = signals.labels[order] if signals.num_classes and signals.labels is not None else None
     picks = budget.select(
         selector,
@@ -355,7 +365,7 @@ class DataPruner:
         scorer: str | Scorer = "dlc",
         select: str | Selector = "flex_rand",
         keep: float = 0.3,
-        per_class: bool | str | None = None,
+        per_class: PerClass | None = None,
         seed: int = 0,
         batch_size: int = 32,
         **options: Any,
@@ -363,7 +373,9 @@ class DataPruner:
         self.scorer, self.select, self.keep = scorer, select, keep
         self.per_class, self.seed, self.batch_size, self.options = per_class, seed, batch_size, options
 
-    def fit(self, model: nn.Module, dataset: Any, data_collator: Any = None, processing_class: Any = None) -> DataPruner:
+    def fit(
+        self, model: nn.Module, dataset: Any, data_collator: Any = None, processing_class: Any = None
+    ) -> DataPruner:
         """Scores `dataset` with `model` and selects; see `serpette.score` for what both may be."""
         budget.count(1, self.keep)  # refuses a bad keep before any work
         selector_methods.registry.make(self.select)
@@ -396,7 +408,9 @@ class DataPruner:
         rows = self.indices_.tolist()
         return dataset.select(rows) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, rows)
 
-    def fit_transform(self, model: nn.Module, dataset: Any, data_collator: Any = None, processing_class: Any = None):
+    def fit_transform(
+        self, model: nn.Module, dataset: Any, data_collator: Any = None, processing_class: Any = None
+    ):
         """`fit`, then `transform` of the same data set."""
         return self.fit(model, dataset, data_collator, processing_class).transform(dataset)
 
@@ -413,7 +427,9 @@ def _check_task(methods: list, model: nn.Module, task: Task | None, features: Fe
     for method in methods:
         if task not in method.tasks:
             able = [n for n, cls in scorer_methods.registry.items() if task in cls.tasks]
-            raise ValueError(f"scorer {method.name!r} has no meaning in a {task}; those that have: {', '.join(able)}")
+            raise ValueError(
+                f"scorer {method.name!r} has no meaning in a {task}; those that have: {', '.join(able)}"
+            )
 
 
 def _training_signals(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from ..types import Selector, Signals, uniform_of
+from ..types import PerClass, Selector, Signals, uniform_of
 from . import budget
 
 
@@ -23,7 +23,7 @@ def search(
     signals: Signals,
     scorer: Callable[[Signals], Tensor],
     keep: float,
-    per_class: bool | str,
+    per_class: PerClass,
     *,
     seed: int = 0,
     repeats: int = 5,

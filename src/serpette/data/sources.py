@@ -32,8 +32,8 @@ def open_dataset(source: Any, split: str = "train", limit: int | None = None, se
             folder of `save_to_disk`, a folder of class folders with images, a .parquet, .csv, .jsonl or
             .json file or a folder of these; a hub id, `"owner/name"` or `"owner/name:config"`. Or an object:
             `datasets.Dataset`, `DatasetDict`, torch Dataset of (x, y).
-        split: of the zoo, the hub, a `DatasetDict`, or a folder with one folder or file a split. A single file
-            or a folder without splits is `"train"`.
+        split: of the zoo, the hub, a `DatasetDict`, or a folder with one folder or file a split. A single
+            file or a folder without splits is `"train"`.
         limit: at most so many examples, chosen at random; class by class if `label` is a ClassLabel.
         seed: of that choice.
         **options: of a zoo data set.
@@ -56,7 +56,9 @@ def open_dataset(source: Any, split: str = "train", limit: int | None = None, se
     is_text = isinstance(source, (str, os.PathLike))
     in_zoo = isinstance(source, str) and name.partition(":")[0] in zoo.datasets()
     if options and not in_zoo:
-        raise ValueError(f"options {sorted(options)} only apply to data sets of the zoo, not to {_show(source)}")
+        raise ValueError(
+            f"options {sorted(options)} only apply to data sets of the zoo, not to {_show(source)}"
+        )
     if in_zoo:
         dataset = zoo.load_dataset(name, split, **options)
     elif is_text and Path(source).expanduser().exists():
@@ -71,12 +73,15 @@ def open_dataset(source: Any, split: str = "train", limit: int | None = None, se
         return _limited_torch(source, limit, seed)
     else:
         raise ValueError(
-            f"source={_show(source)} must be a name, a path, a datasets.Dataset or a torch Dataset with a length"
+            f"source={_show(source)} must be a name, a path, a datasets.Dataset "
+            "or a torch Dataset with a length"
         )
     if isinstance(dataset, (hf.IterableDataset, hf.IterableDatasetDict)):
         raise ValueError("a streaming data set has no length; load it without streaming=True")
     if len(dataset) == 0:
-        raise ValueError(f"source={_show(source)} has no examples in split {split!r}; check the file or the split")
+        raise ValueError(
+            f"source={_show(source)} has no examples in split {split!r}; check the file or the split"
+        )
     if "id" not in dataset.column_names:
         dataset = _with_ids(dataset, [str(row) for row in range(len(dataset))])
     from ..zoo.corpora import take
@@ -116,7 +121,9 @@ def _from_path(path: Path, split: str) -> Dataset:
 
     if path.is_file():
         if path.suffix.lower() not in FILE_KINDS:
-            raise ValueError(f"{path.name!r} must end in {', '.join(FILE_KINDS)}; convert it, or give a folder")
+            raise ValueError(
+                f"{path.name!r} must end in {', '.join(FILE_KINDS)}; convert it, or give a folder"
+            )
         return _from_files({"train": [path]}, split, path)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = hf.load_from_disk(str(path))
@@ -127,7 +134,9 @@ def _from_path(path: Path, split: str) -> Dataset:
     for inner in ("data", ""):  # the layout of hub repositories, then of split folders
         folders = [p for p in sorted((path / inner).glob("*")) if p.is_dir() and p.name in _SPLIT_WORDS]
         if folders:
-            chosen = _pick({_SPLIT_WORDS[p.name]: p for p in folders}, _SPLIT_WORDS.get(split, split), str(path))
+            chosen = _pick(
+                {_SPLIT_WORDS[p.name]: p for p in folders}, _SPLIT_WORDS.get(split, split), str(path)
+            )
             return _from_path(chosen, "train")
     if (path / "data").is_dir() and not any(p.is_dir() for p in path.iterdir() if p.name != "data"):
         return _from_path(path / "data", split)
@@ -152,15 +161,18 @@ def _from_files(by_split: dict[str, list[Path]], split: str, path: Path) -> Data
     import datasets as hf
 
     files = _pick(by_split, _SPLIT_WORDS.get(split, split), str(path))
-    try:
-        parts = [_read(file) for file in files]
-        parts = [part for part in parts if len(part)]
-    except ValueError:
-        raise
-    except Exception as error:
-        raise ValueError(f"{path.name!r} cannot be read: {_one_line(error)}") from error
+    parts = []
+    for file in files:
+        try:
+            part = _read(file)
+        except Exception as error:  # each reader fails in its own way
+            raise ValueError(f"{file.name!r} cannot be read: {_one_line(error)}") from error
+        if len(part):
+            parts.append(part)
     if not parts:
-        raise ValueError(f"source={str(path)!r} has no examples in split {split!r}; check the file or the split")
+        raise ValueError(
+            f"source={str(path)!r} has no examples in split {split!r}; check the file or the split"
+        )
     return hf.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
@@ -193,7 +205,7 @@ def _read(file: Path) -> Dataset:
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise ValueError(f"{file.name!r} line {number} is not JSON: {error}") from error
+                    raise ValueError(f"line {number} is not JSON: {error}") from error
     return hf.Dataset.from_list(rows)
 
 
@@ -237,7 +249,9 @@ def _from_hub(name: str, split: str) -> Dataset:
     try:
         loaded = hf.load_dataset(repo, config or None)
     except Exception as error:
-        raise ValueError(f"{name!r} is no local path, and the hub did not give it: {_one_line(error)}") from error
+        raise ValueError(
+            f"{name!r} is no local path, and the hub did not give it: {_one_line(error)}"
+        ) from error
     return _pick(cast(Mapping, loaded), split, name)
 
 
@@ -247,8 +261,8 @@ def open_model(
     """`(model, processing class or None)` that `source` names.
 
     Args:
-        source: a name of the zoo; a local folder of `save_pretrained`; a hub id; or an `nn.Module`, returned as
-            it is with None.
+        source: a name of the zoo; a local folder of `save_pretrained`; a hub id; or an `nn.Module`, returned
+            as it is with None.
         task: `"classification"`, `"regression"`, `"causal-lm"`, or None: what the checkpoint was made for;
             classification if `num_labels` is given.
         num_labels: width of a new head, if it is not the one of the checkpoint.
@@ -279,7 +293,9 @@ def open_model(
     return _from_pretrained(where, task, num_labels, seed, options)
 
 
-def _from_pretrained(where: str, task: str | None, num_labels: int | None, seed: int, options: dict[str, Any]):
+def _from_pretrained(
+    where: str, task: str | None, num_labels: int | None, seed: int, options: dict[str, Any]
+):
     import transformers as hf
 
     from ..zoo import efficientnet_lite  # noqa: F401  (makes its checkpoints known to AutoModel)
@@ -295,10 +311,11 @@ def _from_pretrained(where: str, task: str | None, num_labels: int | None, seed:
     for option, value in options.items():
         if not hasattr(config, option):
             raise ValueError(
-                f"model {where!r} has no option {option!r} in its configuration{near(option, config.to_dict())}"
+                f"model {where!r} has no option {option!r} in its configuration"
+                f"{near(option, config.to_dict())}"
             )
         setattr(config, option, value)
-    cls = _auto_class(config, task, num_labels)
+    cls: Any = _auto_class(config, task, num_labels)
     if task == "regression":
         config.num_labels, config.problem_type = num_labels or 1, "regression"
     elif num_labels is not None and num_labels != config.num_labels:
@@ -322,7 +339,8 @@ def _warn_of_missing(model: Any, info: dict[str, Any], where: str) -> None:
     lost = sorted(k for k in lost if k.startswith(body) and "pooler" not in k and "mask_token" not in k)
     if lost:
         warnings.warn(
-            f"{len(lost)} weights below the head are not in {where!r} and stay random, {lost[0]!r} among them",
+            f"{len(lost)} weights below the head are not in {where!r} and stay random, "
+            f"{lost[0]!r} among them",
             stacklevel=4,
         )
 
@@ -352,7 +370,8 @@ def _auto_class(config: Any, task: str | None, num_labels: int | None):
     if texts:
         return hf.AutoModelForSequenceClassification
     raise ValueError(
-        f"{config.model_type!r} models have no classification head in transformers; give the model as an nn.Module"
+        f"{config.model_type!r} models have no classification head in transformers; "
+        "give the model as an nn.Module"
     )
 
 
@@ -368,7 +387,7 @@ def _processor(where: str, load: dict[str, Any]):
                 found = auto.from_pretrained(where, **load)
         except Exception:  # each Auto class fails in its own way on a checkpoint that lacks the file
             continue
-        if auto is hf.AutoTokenizer:
+        if hasattr(found, "get_vocab"):  # AutoProcessor may give a tokenizer, too
             if set(found.get_vocab()) <= set(found.all_special_tokens):
                 continue  # transformers 5 makes an empty tokenizer up where there is no vocabulary
             if found.pad_token is None:

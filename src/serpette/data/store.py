@@ -28,7 +28,9 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise OSError(error.errno, f"{error.strerror}; what was finished before is kept", str(path)) from error
+        raise OSError(
+            error.errno, f"{error.strerror}; what was finished before is kept", str(path)
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -64,7 +64,7 @@ def accuracy_against_cost(run: Run) -> str | None:
 
 
 def _place_labels(fig, ax, dots, spans, names: list[str], colors: list[str]) -> None:
-    """Puts each name near its point where it covers nothing; a line in its colour leads to those farther off."""
+    """Puts each name near its point where it covers nothing; a coloured line leads to those farther off."""
     fig.canvas.draw()
     fig.set_layout_engine("none")  # the layout stays as it was drawn, so that sizes in pixels are known
     to_px, renderer = ax.transData.transform, fig.canvas.get_renderer()

@@ -70,10 +70,20 @@ class DLC:
         official = variant == "official"
         own = CHAINED if official else LOW_DISCREPANCY[:max_points]
         shares = own if points is None else tuple(Fraction(str(p)) for p in points)
-        if not shares or shares[0] != 0 or not all(0 <= p < 1 for p in shares) or len(set(shares)) < len(shares):
-            raise ValueError(f"points={points} must be different shares in [0, 1), the unmasked model (0) first")
-        self.variant, self.prototype, self.temperature = variant, prototype, temperature
-        self.logits = logits or ("inverse_distance" if official else "neg_distance")
+        if (
+            not shares
+            or shares[0] != 0
+            or not all(0 <= p < 1 for p in shares)
+            or len(set(shares)) < len(shares)
+        ):
+            raise ValueError(
+                f"points={points} must be different shares in [0, 1), the unmasked model (0) first"
+            )
+        self.variant, self.temperature = variant, temperature
+        self.prototype: Literal["unmasked", "masked"] = prototype
+        self.logits: Literal["neg_distance", "inverse_distance"] = logits or (
+            "inverse_distance" if official else "neg_distance"
+        )
         self.path = PathSpec(
             points=shares,
             scope="global" if official else "layer",

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..registry import near
-
 from .cache import Entry, ZooError, cache_dir, ensure, fault, has_manifest
 
 if TYPE_CHECKING:
@@ -136,7 +135,9 @@ def load_model(
     if task == "regression" and num_labels is None:
         num_labels = 1
     if task == "classification" and num_labels is None and name != "efficientnet-lite0":
-        raise ValueError(f"num_labels=None must be given for task='classification': {name} has no head of its own")
+        raise ValueError(
+            f"num_labels=None must be given for task='classification': {name} has no head of its own"
+        )
     if task == "causal-lm" and num_labels is not None:
         raise ValueError(f"num_labels={num_labels!r} has no meaning with task='causal-lm'")
     if num_labels is not None and (not isinstance(num_labels, int) or num_labels < 1):
@@ -166,8 +167,8 @@ def load_dataset(
 ) -> Dataset:
     """A data set with a column `id` of unique strings that stay the same under any `limit`.
 
-    `fashion-mnist` and `digits`: image, label. `movie-snippets`: text, label; `target="label"` (default) keeps
-    the snippets with |rating| >= 0.5 as negative and positive, `target="rating"` has all ratings as float32;
+    `fashion-mnist` and `digits`: image, label. `movie-snippets`: text, label; `target="label"` (default)
+    keeps the snippets with |rating| >= 0.5 as negative and positive, `target="rating"` has all as float32;
     `"movie-snippets:rating"` is the same. `mmlu-cot`: subject, prompt, response. `lee-news`: text. All but
     `fashion-mnist` come without a test split: a fixed random fifth, decided by the id, is `"test"`, the rest
     `"train"`, everything `"all"`.
@@ -191,7 +192,9 @@ def load_dataset(
     entry = _entry(name, datasets(), "dataset")
     if variant:
         if entry.variant is None:
-            raise ValueError(f"dataset {name!r} has no variants, but {variant!r} was asked for; drop ':{variant}'")
+            raise ValueError(
+                f"dataset {name!r} has no variants, but {variant!r} was asked for; drop ':{variant}'"
+            )
         options.setdefault(entry.variant, variant)
     options = _options(entry, options)
     from .corpora import build_dataset, take

@@ -70,6 +70,7 @@ def cache_dir() -> Path:
 
 
 def sha256_of(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(2**20):
@@ -78,6 +79,7 @@ def sha256_of(path: Path) -> str:
 
 
 def offline() -> bool:
+    """Whether `SERPETTE_OFFLINE` forbids every fetch."""
     return os.environ.get("SERPETTE_OFFLINE", "").strip().lower() in {"1", "true", "yes", "on"}
 
 
@@ -104,6 +106,7 @@ def fault(folder: Path) -> str | None:
 
 
 def has_manifest(entry: Entry) -> bool:
+    """A quick look, without reading the files."""
     return not entry.sources or (cache_dir() / entry.name / "manifest.json").is_file()
 
 
@@ -138,7 +141,9 @@ def _fetch(entry: Entry, folder: Path, broken: str, progress: bool) -> None:
         shutil.rmtree(left_over, ignore_errors=True)
     if folder.exists():
         if not (folder / "manifest.json").exists():
-            raise ZooError(f"{folder} exists but is not a folder of the zoo; move it away or set SERPETTE_CACHE")
+            raise ZooError(
+                f"{folder} exists but is not a folder of the zoo; move it away or set SERPETTE_CACHE"
+            )
         if offline():
             raise ZooError(
                 f"the cached {entry.name!r} is damaged ({broken}) and SERPETTE_OFFLINE is set; "
@@ -173,7 +178,8 @@ def _fetch(entry: Entry, folder: Path, broken: str, progress: bool) -> None:
 def _finish(temporary: Path, folder: Path, source: str) -> None:
     paths = sorted(p for p in temporary.rglob("*") if p.is_file())
     files = {
-        p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in paths
+        p.relative_to(temporary).as_posix(): {"bytes": p.stat().st_size, "sha256": sha256_of(p)}
+        for p in paths
     }
     manifest = {"format": FORMAT, "source": source, "files": files}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))

@@ -85,7 +85,8 @@ MODELS = (
             Hub(
                 "sentence-transformers/all-MiniLM-L6-v2",
                 tuple(
-                    Member(f, f, _MINILM[f] if f in ("model.safetensors", "vocab.txt") else None) for f in _MINILM
+                    Member(f, f, _MINILM[f] if f in ("model.safetensors", "vocab.txt") else None)
+                    for f in _MINILM
                 ),
             ),
         ),

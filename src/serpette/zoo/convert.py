@@ -7,12 +7,13 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 
 def vit_from_onnx(folder: Path) -> None:
-    """`model.onnx` -> a Dinov2 checkpoint with the parameter names of the hub (transformers 4 and 5 read them).
+    """`model.onnx` -> a Dinov2 checkpoint with the names of the hub (transformers 4 and 5 read them).
 
     The exporter folded the position embeddings into two constants and dropped the names of the weights of
     linear layers; the path of the node that uses a weight gives its name back. The decoder is left out.
@@ -50,7 +51,7 @@ def vit_from_onnx(folder: Path) -> None:
 
 
 def lite0_from_pth(folder: Path) -> None:
-    """`model.pth` (tensors only, no pickled code) -> safetensors with the names of `EfficientNetLiteModel`."""
+    """`model.pth` (tensors only, no pickled code) -> safetensors with the names of our network."""
     import torch
     from safetensors.torch import save_file
 
@@ -75,7 +76,8 @@ def llama_from_gguf(folder: Path) -> None:
 
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf")
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf").to(torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf")
+        model = model.to(torch.float32)
         # the weights are plain floats now; without these marks save_pretrained takes them for quantised ones
         for owner, name in ((model, "hf_quantizer"), (model, "quantization_method"), (model, "is_quantized")):
             if name in vars(owner):

@@ -141,13 +141,13 @@ def take(dataset: Dataset, limit: int | None, seed: int = 0) -> Dataset:
     from datasets import ClassLabel
 
     if "id" in dataset.column_names:
-        ids = [str(i) for i in dataset.with_format(None)["id"]]
+        ids = [str(i) for i in dataset.with_format(None)["id"][:]]  # [:]: a Column read row by row is slow
     else:
         ids = [str(i) for i in range(len(dataset))]
     place = uniform_of(np.array(ids), seed).numpy()
     groups = np.zeros(len(dataset), dtype=np.int64)
     if isinstance(dataset.features.get("label"), ClassLabel):
-        labels = dataset.with_format(None)["label"]
+        labels = dataset.with_format(None)["label"][:]
         groups = np.array([-1 if label is None else label for label in labels])
     kinds, counts = np.unique(groups, return_counts=True)
     exact = counts * (limit / len(dataset))

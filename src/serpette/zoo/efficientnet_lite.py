@@ -13,7 +13,13 @@ import re
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
@@ -29,7 +35,6 @@ STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
-BATCH_NORM = {"eps": 1e-3, "momentum": 0.01}
 
 
 class EfficientNetLiteConfig(PretrainedConfig):
@@ -37,7 +42,9 @@ class EfficientNetLiteConfig(PretrainedConfig):
 
     model_type = "efficientnet_lite"
 
-    def __init__(self, stages=STAGES, stem_channels=32, hidden_size=1280, image_size=224, dropout=0.2, **kwargs):
+    def __init__(
+        self, stages=STAGES, stem_channels=32, hidden_size=1280, image_size=224, dropout=0.2, **kwargs
+    ):
         self.stages = [list(stage) for stage in stages]
         self.stem_channels, self.hidden_size = stem_channels, hidden_size
         self.image_size, self.dropout = image_size, dropout
@@ -49,7 +56,9 @@ class SameConv2d(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         padding: list[int] = []
-        for size, kernel, stride in zip(input.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+        for size, kernel, stride in zip(
+            input.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True
+        ):
             total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             padding += [total // 2, total - total // 2]
         return super().forward(F.pad(input, padding) if any(padding) else input)
@@ -58,7 +67,7 @@ class SameConv2d(nn.Conv2d):
 def _unit(c_in: int, c_out: int, kernel: int, stride: int = 1, groups: int = 1, activate: bool = True):
     layers = {
         "conv": SameConv2d(c_in, c_out, kernel, stride, groups=groups, bias=False),
-        "norm": nn.BatchNorm2d(c_out, **BATCH_NORM),
+        "norm": nn.BatchNorm2d(c_out, eps=1e-3, momentum=0.01),
     }
     unit = nn.Sequential()
     for name, layer in layers.items():
@@ -138,7 +147,7 @@ class EfficientNetLiteForImageClassification(EfficientNetLitePreTrainedModel):
         super().__init__(config)
         self.backbone = EfficientNetLiteModel(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels or 0)
         self.post_init()
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool = True, **kwargs):

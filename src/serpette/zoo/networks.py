@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,20 @@ def build_model(
 
 
 def _config(entry: Entry, folder: Path, settings: dict[str, Any]):
+    """The configuration made anew with `settings`, because fields such as the stages depend on the depth."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    deepest = config.num_hidden_layers if hasattr(config, "num_hidden_layers") else 0
-    layers = settings.get("num_hidden_layers", deepest)
-    if not (isinstance(layers, int) and 1 <= layers <= deepest) and deepest:
-        raise ValueError(f"layers={layers!r} must be a whole number from 1 to {deepest}, the depth of {entry.name}")
-    for key, value in settings.items():
-        setattr(config, key, value)
-    return config
+    fields = json.loads((folder / "config.json").read_text())
+    if "num_hidden_layers" in settings:
+        layers, deepest = settings["num_hidden_layers"], fields["num_hidden_layers"]
+        if not isinstance(layers, int) or isinstance(layers, bool) or not 1 <= layers <= deepest:
+            raise ValueError(
+                f"layers={layers!r} must be a whole number from 1 to {deepest}, the depth of {entry.name}"
+            )
+    if "num_labels" in settings:  # names of classes would win over the number
+        for names in ("id2label", "label2id"):
+            fields.pop(names, None)
+    return AutoConfig.for_model(fields.pop("model_type"), **{**fields, **settings})
 
 
 def _fill_head(model: nn.Module, info: dict[str, Any], seed: int) -> None:
@@ -105,6 +110,7 @@ def _resize_positions(model: nn.Module, image_size: int) -> None:
 
 
 def check_image_size(entry: Entry, size: Any) -> None:
+    """ValueError unless whole patches (`vit-s`), or enough pixels for five halvings, fit."""
     step, least = (PATCH, PATCH) if entry.name == "vit-s" else (1, 32)
     if not isinstance(size, int) or isinstance(size, bool) or size < least or size % step:
         near = max(least, round(size / step) * step) if isinstance(size, (int, float)) else 84

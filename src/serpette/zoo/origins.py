@@ -48,6 +48,7 @@ def take_members(archive: Path, members: tuple[Member, ...], folder: Path) -> No
 
 
 def check(path: Path, sha256: str | None) -> None:
+    """ValueError if the file does not have this SHA-256; None: not known in advance."""
     found = sha256_of(path)
     if sha256 is not None and found != sha256:
         raise ValueError(f"{path.name} has SHA-256 {found[:12]}..., expected {sha256[:12]}...")

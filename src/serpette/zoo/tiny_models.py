@@ -1,6 +1,8 @@
-"""Random models small enough to be made in a few milliseconds: the architectures of the real ones, for tests."""
+"""Random models small enough to be made in milliseconds: the architectures of the real ones, for tests."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 
@@ -17,17 +19,18 @@ def make(kind: str, num_labels: int = 3, seed: int = 0):
         num_labels: width of the head.
         seed: of the weights.
     """
-    import transformers as hf
+    import transformers
 
     from .quiet import quiet_transformers
 
-    wide = {
+    hf: Any = transformers  # the signatures of its configurations differ between versions
+    wide: dict[str, Any] = {
         "hidden_size": 32,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "intermediate_size": 64,
     }
-    text = {**wide, "vocab_size": 100, "max_position_embeddings": 64, "pad_token_id": 0}
+    text: dict[str, Any] = {**wide, "vocab_size": 100, "max_position_embeddings": 64, "pad_token_id": 0}
     makers = {
         "vit": lambda: hf.ViTForImageClassification(
             hf.ViTConfig(**wide, image_size=32, patch_size=8, num_labels=num_labels)

@@ -1,0 +1,234 @@
+"""One seed of one task: every scorer once, then every arm at every share kept. A cell is (task, keep, seed)."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import tasks
+import torch
+from torch import Tensor
+
+from serpette import scorers as scorer_methods
+from serpette import selectors as selector_methods
+from serpette.data import budget
+from serpette.data.proxy import Probe
+from serpette.data.search import describe, search
+from serpette.data.store import write_json
+from serpette.evaluate import accuracy_by_class, calibration_error, detection_auc
+from serpette.scorers import DLC, Herding
+from serpette.types import PathSpec, Signals
+
+FASHION, MOVIES = (0.05, 0.1, 0.3, 0.5, 0.7), (0.1, 0.3, 0.5, 0.7)
+# task: (set of features, make-up, shares kept)
+TASKS: dict[str, tuple[str, str, tuple[float, ...]]] = {
+    "fashion-vit/clean": ("fashion-vit", "clean", FASHION),
+    "fashion-vit/wrong_labels": ("fashion-vit", "wrong_labels", FASHION),
+    "fashion-vit/long_tail": ("fashion-vit", "long_tail", FASHION),
+    "movies/clean": ("movies-minilm", "clean", MOVIES),
+    "movies/wrong_labels": ("movies-minilm", "wrong_labels", MOVIES),
+    "fashion-effnet/clean": ("fashion-effnet", "clean", (0.1, 0.3, 0.5)),
+    "fashion-effnet/wrong_labels": ("fashion-effnet", "wrong_labels", (0.1, 0.3, 0.5)),
+}
+DRAWS = 3  # of each random control: their mean is what a seed's other arms are compared with
+CONTROLS = ("random", "stratified_random", "equal_quotas")
+GREEDY = (
+    "contextual_diversity",
+    "herding",
+    "herding_compat",
+    "k_center",
+    "moderate",
+    "ssp",
+)  # not a difficulty
+WIDE = ("dlc", "unmasked_loss", "optimisation_complexity")  # tried with every selector
+
+
+def all_scorers() -> dict[str, Any]:
+    """Every scorer of the library, and the three variants that the comparison needs."""
+    made = {name: scorer_methods.registry.make(name) for name in scorer_methods.registry if name != "random"}
+    made["dlc"] = DLC(points=tasks.POINTS)
+    made["unmasked_loss"] = DLC(points=[0])
+    made["dlc_inverse_distance"] = InverseDistance()
+    made["herding_compat"] = Herding(compat=True)
+    return made
+
+
+class InverseDistance(DLC):
+    """DLC with the classifier of the authors' scripts (raw features, 1 / distance) on our masks and points."""
+
+    def __init__(self):
+        super().__init__(points=tasks.POINTS, logits="inverse_distance")
+        self.variant = "official"  # leaves the features as they are
+
+
+def arms() -> list[tuple[str, str]]:
+    """(scorer, selector) of every arm that is not a control."""
+    pairs = []
+    for scorer in sorted(all_scorers()):
+        pairs.append((scorer, "top_hard"))
+        if scorer not in GREEDY:
+            pairs.append((scorer, "flex_rand"))
+        if scorer in WIDE:
+            pairs += [(scorer, s) for s in ("top_easy", "top_flexible", "mixed_flexible", "ccs")]
+    return [*pairs, ("learning_confidence", "diverse_easy"), ("none", "dq")]
+
+
+@functools.lru_cache(maxsize=2)
+def pool_of(name: str) -> tasks.Pool:
+    """The features, once a process."""
+    return tasks.features(name)
+
+
+def cell_file(folder: Path, task: str, keep: float, seed: int) -> Path:
+    """Where a cell lies: written when it is complete."""
+    return folder / task.replace("/", "-") / f"keep{keep:g}-seed{seed}.json"
+
+
+def run(task: str, seed: int, folder: Path) -> int:
+    """Computes what is missing of one seed of a task; the number of cells written."""
+    torch.set_num_threads(1)
+    source, make_up, keeps = TASKS[task]
+    missing = [keep for keep in keeps if not cell_file(folder, task, keep, seed).exists()]
+    if not missing:
+        return 0
+    bench = Seed(pool_of(source), make_up, seed)
+    for keep in missing:
+        write_json(cell_file(folder, task, keep, seed), bench.cell(task, keep))
+    return len(missing)
+
+
+class Seed:
+    """One seed of one task, with the scores of its training examples."""
+
+    def __init__(self, pool: tasks.Pool, make_up: str, seed: int):
+        self.seed, self.scorers = seed, all_scorers()
+        paths: list[PathSpec] = [s.path for s in self.scorers.values() if hasattr(s, "path")]
+        self.task = tasks.draw(pool, make_up, seed, paths)
+        share = len(self.task.rows) / len(pool.labels)
+        self.seconds = {part: value * share for part, value in pool.seconds.items()}
+        start = time.perf_counter()
+        self.signals = Probe().train(self.task.signals)
+        self.seconds["proxy"] = time.perf_counter() - start
+        self.scores: dict[str, Tensor] = {"none": torch.zeros(len(self.signals))}
+        for name, scorer in self.scorers.items():
+            start = time.perf_counter()
+            self.scores[name] = scorer(self.signals)
+            self.seconds[name] = time.perf_counter() - start
+        self.rescored = {name: _once(scorer) for name, scorer in self.scorers.items()}
+        self.fitted: dict[tuple[float, bytes], dict] = {}
+
+    def cell(self, task: str, keep: float) -> dict[str, Any]:
+        """Every arm at one share kept."""
+        self.fitted = {}
+        k = budget.count(len(self.signals), keep)
+        penalty = tasks.choose_penalty(self.task, k, self.seed)
+        outcome: dict[str, Any] = {}
+        for control, per_class in zip(CONTROLS, (False, True, "equal"), strict=True):
+            draws = [
+                self.pick(self.named("random"), "none", k, per_class, f"{control}{i}") for i in range(DRAWS)
+            ]
+            outcome[control] = _mean([self.outcome(picks, penalty) for picks in draws])
+        searched, search_seconds = {}, 0.0
+        for scorer, name in arms():
+            selector = self.named(name)
+            if hasattr(selector, "candidates"):
+                start = time.perf_counter()
+                selector, _ = search(
+                    selector,
+                    self.signals,
+                    self.rescored[scorer],
+                    keep,
+                    True,
+                    seed=self.seed,
+                    repeats=2,
+                    limit=2000,
+                )
+                search_seconds += time.perf_counter() - start
+                searched[f"{scorer}+{name}"] = describe(selector)
+            picks = self.pick(selector, scorer, k, True, f"{scorer}+{name}")
+            outcome[f"{scorer}+{name}"] = self.outcome(picks, penalty)
+        full = torch.arange(len(self.signals))
+        outcome["no_pruning"] = self.outcome(full, tasks.choose_penalty(self.task, len(full), self.seed))
+        auc = {}
+        if self.task.wrong.any():
+            auc = {n: detection_auc(s, self.task.wrong) for n, s in self.scores.items() if n not in ("none",)}
+        return {
+            "task": task,
+            "keep": keep,
+            "seed": self.seed,
+            "kept": k,
+            "penalty": penalty,
+            "arms": outcome,
+            "searched": searched,
+            "detection_auc": auc,
+            "seconds": {**self.seconds, "searches": search_seconds},
+        }
+
+    @staticmethod
+    def named(name: str) -> Any:
+        return selector_methods.registry.make(name)
+
+    def pick(self, selector: Any, scorer: str, k: int, per_class: bool | str, arm: str) -> Tensor:
+        key = blake2b(f"{self.seed}/{k}/{arm}".encode(), digest_size=7).digest()
+        return budget.select(
+            selector,
+            self.scores[scorer],
+            k,
+            labels=self.signals.labels,
+            per_class=per_class,
+            generator=torch.Generator().manual_seed(int.from_bytes(key, "big")),
+            embeddings=self.signals.embeddings,
+        )
+
+    def outcome(self, picks: Tensor, penalty: float) -> dict[str, Any]:
+        """Of a head fitted on `picks`; the same subset is fitted once."""
+        key = penalty, picks.numpy().tobytes()
+        if key not in self.fitted:
+            signals, task = self.signals, self.task
+            W, b = tasks.fit_head(
+                signals.embeddings[picks], signals.labels[picks], signals.num_classes, penalty
+            )
+            logits = task.test @ W + b
+            by_class = accuracy_by_class(logits, task.test_labels, signals.num_classes)
+            kept = torch.bincount(signals.labels[picks], minlength=signals.num_classes)
+            size = torch.bincount(signals.labels, minlength=signals.num_classes)
+            self.fitted[key] = {
+                "accuracy": float((logits.argmax(1) == task.test_labels).double().mean()),
+                "worst_class": float(by_class.min()),
+                "calibration_error": calibration_error(logits, task.test_labels),
+                "kept_by_class": (kept / size).tolist(),
+                "wrong_kept": float(task.wrong[picks].double().mean()),
+            }
+        return self.fitted[key]
+
+
+def _once(scorer: Callable[[Signals], Tensor]) -> Callable[[Signals], Tensor]:
+    """The search asks for the scores of the same part of the examples at every share kept."""
+    held: dict[bytes, Tensor] = {}
+
+    def call(part: Signals) -> Tensor:
+        key = part.ids.tobytes()
+        if key not in held:
+            held[key] = scorer(part)
+        return held[key]
+
+    return call
+
+
+def _mean(outcomes: list[dict]) -> dict[str, Any]:
+    """Of several draws of a control, number by number."""
+    return {
+        name: torch.tensor([o[name] for o in outcomes], dtype=torch.float64).mean(0).tolist()
+        for name in outcomes[0]
+    }
+
+
+def read(folder: Path, task: str, keep: float, seeds: int) -> list[dict]:
+    """The cells of the first `seeds` seeds that are there."""
+    files = [cell_file(folder, task, keep, seed) for seed in range(seeds)]
+    return [json.loads(file.read_text()) for file in files if file.exists()]
