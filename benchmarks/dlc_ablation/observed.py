@@ -42,16 +42,16 @@ class Size:
     seeds: int = 10
 
 
-QUICK = Size(
-    pool=300, train=200, test=200, random_pool=100, mask_seeds=2, tuned=100, epochs=2, seeds=2
-)
+QUICK = Size(pool=300, train=200, test=200, random_pool=100, mask_seeds=2, tuned=100, epochs=2, seeds=2)
 
 
 def cache() -> Path:
     return zoo.cache_dir() / "benchmarks" / "dlc_ablation"
 
 
-def along(model_name: str, images: int, scorers: Sequence[DLC], folder: str, split: str = "train") -> Observation:
+def along(
+    model_name: str, images: int, scorers: Sequence[DLC], folder: str, split: str = "train"
+) -> Observation:
     """`images` of Fashion-MNIST under each path that `scorers` ask for."""
     entry, options, batch_size = MODELS[model_name]
     model = zoo.load_model(entry, num_labels=10, **options)

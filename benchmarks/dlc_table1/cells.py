@@ -1,4 +1,4 @@
-"""One seed of one task: every scorer once, then every arm at every share kept. A cell is (task, keep, seed)."""
+"""One seed of one task: every scorer once, then every arm at each share kept. A cell: (task, keep, seed)."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from serpette.scorers import DLC, Herding
 from serpette.types import PathSpec, Signals
 
 FASHION, MOVIES = (0.05, 0.1, 0.3, 0.5, 0.7), (0.1, 0.3, 0.5, 0.7)
-# task: (set of features, make-up, shares kept)
-TASKS: dict[str, tuple[str, str, tuple[float, ...]]] = {
-    "fashion-vit/clean": ("fashion-vit", "clean", FASHION),
-    "fashion-vit/wrong_labels": ("fashion-vit", "wrong_labels", FASHION),
-    "fashion-vit/long_tail": ("fashion-vit", "long_tail", FASHION),
-    "movies/clean": ("movies-minilm", "clean", MOVIES),
-    "movies/wrong_labels": ("movies-minilm", "wrong_labels", MOVIES),
-    "fashion-effnet/clean": ("fashion-effnet", "clean", (0.1, 0.3, 0.5)),
-    "fashion-effnet/wrong_labels": ("fashion-effnet", "wrong_labels", (0.1, 0.3, 0.5)),
+# task: (set of features, make-up, examples drawn, shares kept)
+TASKS: dict[str, tuple[str, str, int, tuple[float, ...]]] = {
+    "fashion-vit/clean": ("fashion-vit", "clean", 4000, FASHION),
+    "fashion-vit/wrong_labels": ("fashion-vit", "wrong_labels", 4000, FASHION),
+    "fashion-vit/long_tail": ("fashion-vit", "long_tail", 4000, FASHION),
+    "movies/clean": ("movies-minilm", "clean", 4000, MOVIES),
+    "movies/wrong_labels": ("movies-minilm", "wrong_labels", 4000, MOVIES),
+    "fashion-effnet/clean": ("fashion-effnet", "clean", 2500, (0.1, 0.3)),
+    "fashion-effnet/wrong_labels": ("fashion-effnet", "wrong_labels", 2500, (0.1, 0.3)),
 }
 DRAWS = 3  # of each random control: their mean is what a seed's other arms are compared with
 CONTROLS = ("random", "stratified_random", "equal_quotas")
@@ -59,7 +59,7 @@ def all_scorers() -> dict[str, Any]:
 
 
 class InverseDistance(DLC):
-    """DLC with the classifier of the authors' scripts (raw features, 1 / distance) on our masks and points."""
+    """DLC with the classifier of the authors' scripts, raw features and 1 / distance, on our masks."""
 
     def __init__(self):
         super().__init__(points=tasks.POINTS, logits="inverse_distance")
@@ -92,11 +92,11 @@ def cell_file(folder: Path, task: str, keep: float, seed: int) -> Path:
 def run(task: str, seed: int, folder: Path) -> int:
     """Computes what is missing of one seed of a task; the number of cells written."""
     torch.set_num_threads(1)
-    source, make_up, keeps = TASKS[task]
+    source, make_up, size, keeps = TASKS[task]
     missing = [keep for keep in keeps if not cell_file(folder, task, keep, seed).exists()]
     if not missing:
         return 0
-    bench = Seed(pool_of(source), make_up, seed)
+    bench = Seed(pool_of(source), make_up, seed, size)
     for keep in missing:
         write_json(cell_file(folder, task, keep, seed), bench.cell(task, keep))
     return len(missing)
@@ -105,10 +105,10 @@ def run(task: str, seed: int, folder: Path) -> int:
 class Seed:
     """One seed of one task, with the scores of its training examples."""
 
-    def __init__(self, pool: tasks.Pool, make_up: str, seed: int):
+    def __init__(self, pool: tasks.Pool, make_up: str, seed: int, size: int):
         self.seed, self.scorers = seed, all_scorers()
         paths: list[PathSpec] = [s.path for s in self.scorers.values() if hasattr(s, "path")]
-        self.task = tasks.draw(pool, make_up, seed, paths)
+        self.task = tasks.draw(pool, make_up, seed, paths, size)
         share = len(self.task.rows) / len(pool.labels)
         self.seconds = {part: value * share for part, value in pool.seconds.items()}
         start = time.perf_counter()
@@ -121,6 +121,8 @@ class Seed:
             self.seconds[name] = time.perf_counter() - start
         self.rescored = {name: _once(scorer) for name, scorer in self.scorers.items()}
         self.fitted: dict[tuple[float, bytes], dict] = {}
+        full = torch.arange(len(self.signals))
+        self.unpruned = self.outcome(full, tasks.choose_penalty(self.task, len(full), self.seed))
 
     def cell(self, task: str, keep: float) -> dict[str, Any]:
         """Every arm at one share kept."""
@@ -152,8 +154,7 @@ class Seed:
                 searched[f"{scorer}+{name}"] = describe(selector)
             picks = self.pick(selector, scorer, k, True, f"{scorer}+{name}")
             outcome[f"{scorer}+{name}"] = self.outcome(picks, penalty)
-        full = torch.arange(len(self.signals))
-        outcome["no_pruning"] = self.outcome(full, tasks.choose_penalty(self.task, len(full), self.seed))
+        outcome["no_pruning"] = self.unpruned
         auc = {}
         if self.task.wrong.any():
             auc = {n: detection_auc(s, self.task.wrong) for n, s in self.scores.items() if n not in ("none",)}

@@ -251,7 +251,7 @@ class Job:
 
     def _mmd(self, positions: Tensor) -> float:
         embeddings = self.scores.signals.require("embeddings", "mmd")
-        return float(mmd(embeddings[positions], embeddings))
+        return mmd(embeddings, embeddings[positions])
 
     def _flops(self, arm: ArmSpec, model: nn.Module, rows: Tensor, labels: Tensor) -> dict[str, float]:
         """Counted on one batch and multiplied; the scoring of an arm without a scorer is free."""

@@ -124,6 +124,15 @@ class Signals:
             )
         return value
 
+    def path(self, spec: PathSpec, scorer: str) -> PathFeatures:
+        """The features along the path `spec`, or a ValueError that says how to get them."""
+        if spec not in self.paths:
+            raise ValueError(
+                f"scorer {scorer!r} needs the features along its path, which were not observed; "
+                "give the scorer to observe(model, examples, [scorer]) or let DataPruner do it"
+            )
+        return self.paths[spec]
+
     def subset(self, rows: Tensor) -> Signals:
         """The signals of `rows` (k,), in that order."""
 

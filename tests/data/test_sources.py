@@ -77,6 +77,17 @@ def test_a_folder_of_files_by_split(tmp_path):
         open_dataset(tmp_path, "test")
 
 
+def test_a_name_may_say_the_split(tmp_path):
+    write(tmp_path / "test.csv", "csv")
+    write(tmp_path / "rows.csv", "csv")
+    image_folder(tmp_path / "pets" / "val")
+    assert len(open_dataset(tmp_path / "test.csv", "test")) == len(open_dataset(tmp_path / "test.csv")) == 12
+    assert len(open_dataset(tmp_path / "pets" / "val", "validation")) == 6
+    for path in ("rows.csv", "pets/val"):  # else a run would test on what it was trained on
+        with pytest.raises(ValueError, match="split='test' does not exist"):
+            open_dataset(tmp_path / path, "test")
+
+
 def test_saved_to_disk(tmp_path, rows):
     rows.save_to_disk(tmp_path / "one")
     assert len(open_dataset(tmp_path / "one")) == 12

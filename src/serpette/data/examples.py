@@ -93,7 +93,7 @@ class Examples:
 
     def _column(self, name: str) -> list:
         plain = self.dataset.with_format(None).select_columns([name])
-        return list(plain[name])
+        return list(plain[:][name])
 
     def _encoded_images(self, dataset: Any) -> Any:
         """Images left encoded, so that one that does not decode can be named."""

@@ -33,7 +33,7 @@ def open_dataset(source: Any, split: str = "train", limit: int | None = None, se
             .json file or a folder of these; a hub id, `"owner/name"` or `"owner/name:config"`. Or an object:
             `datasets.Dataset`, `DatasetDict`, torch Dataset of (x, y).
         split: of the zoo, the hub, a `DatasetDict`, or a folder with one folder or file a split. A single
-            file or a folder without splits is `"train"`.
+            file or a folder without splits is `"train"`, and what its name says (`test.csv`, `pets/test`).
         limit: at most so many examples, chosen at random; class by class if `label` is a ClassLabel.
         seed: of that choice.
         **options: of a zoo data set.
@@ -97,7 +97,7 @@ def _with_ids(dataset: Dataset, ids: list[str]) -> Dataset:
     return cast("Dataset", dataset.add_column("id", ids))  # type: ignore[call-arg]
 
 
-def _pick(splits: Mapping, split: str, what: str) -> Dataset:
+def _pick(splits: Mapping, split: str, what: str) -> Any:
     if split not in splits:
         raise ValueError(f"split={split!r} does not exist in {what}; it has {', '.join(map(str, splits))}")
     return splits[split]
@@ -124,7 +124,7 @@ def _from_path(path: Path, split: str) -> Dataset:
             raise ValueError(
                 f"{path.name!r} must end in {', '.join(FILE_KINDS)}; convert it, or give a folder"
             )
-        return _from_files({"train": [path]}, split, path)
+        return _from_files({"train": [path], **_by_split([path])}, split, path)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         saved = hf.load_from_disk(str(path))
         return saved if isinstance(saved, hf.Dataset) else _pick(saved, split, str(path))
@@ -213,7 +213,7 @@ def _from_images(path: Path, split: str) -> Dataset:
     """Class folders of images; the folder names, sorted, are the classes."""
     import datasets as hf
 
-    if split != "train":
+    if _SPLIT_WORDS.get(split, split) not in ("train", _SPLIT_WORDS.get(path.name)):
         raise ValueError(f"split={split!r} does not exist in {str(path)!r}; it has train")
     files = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_KINDS and p.is_file())
     ids = [p.relative_to(path).as_posix() for p in files]

@@ -96,7 +96,7 @@ class DLC:
 
     def along_path(self, signals: Signals) -> Tensor:
         """Loss of each example under each model, (P, N) float64."""
-        path, labels = signals.paths[self.path], signals.require("labels", self.name)
+        path, labels = signals.path(self.path, self.name), signals.require("labels", self.name)
         if signals.task == "regression":
             return _ridge_errors(path, labels)
         losses_PN = torch.empty(len(path.points), len(labels), dtype=torch.float64)

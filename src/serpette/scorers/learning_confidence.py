@@ -29,7 +29,9 @@ class LearningConfidence:
 
     def along_path(self, signals: Signals) -> Tensor:
         """1 - confidence of each model on each example, (P, N) float64."""
-        path, labels = signals.paths[self.path], signals.require("labels", self.name)
+        if signals.task not in self.tasks:
+            raise ValueError("learning_confidence is the confidence in a class; it has no meaning in a regression")
+        path, labels = signals.path(self.path, self.name), signals.require("labels", self.name)
         doubt_PN = torch.empty(len(path.points), len(labels), dtype=torch.float64)
         for rows, logits_PnC in prototype_logits(path, labels, signals.num_classes):
             doubt_PN[:, rows] = 1 - logits_PnC.softmax(-1).amax(-1)

@@ -63,8 +63,7 @@ class FlexRand:
         gamma = Fraction(str(self.gamma))  # 0.35 means 7/20, not the float beside it
         P = math.floor(n * gamma + Fraction(1, 2))
         half = (k + int(torch.randint(2, (), generator=generator))) // 2  # up or down when k is odd
-        easy = min(P, half) if gamma <= Fraction(1, 2) else k - min(n - P, half)
-        easy = min(max(easy, k - (n - P)), P)  # what one pool cannot hold, the other does
+        easy = min(max(half, k - (n - P)), P)  # both cases above: what one pool cannot hold, the other does
         ranked = scores.argsort(stable=True)
         easy_pool, hard_pool = ranked[:P], ranked[P:]
         picks = [

@@ -1,0 +1,434 @@
+"""dlc_speed: what scoring costs beside the forward passes that it cannot do without.
+
+    serpette bench dlc_speed [part ...] [--quick] [--fresh]
+
+Times are taken in interleaved pairs (A B, B A, A B ...), in one thread; a ratio is the median of the pairs
+with the smallest and the largest. Seconds of processor time stand beside those of the clock, since the
+machine may be shared. Each finished piece is kept in the cache of the zoo, and a stopped run goes on from it.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn.utils import prune
+
+import serpette
+from serpette import zoo
+from serpette.cost import hardware, versions
+from serpette.data.examples import Examples
+from serpette.data.features import find_head
+from serpette.data.store import write_json
+from serpette.evaluate import class_averaged_spearman, spearman
+from serpette.masking import LOW_DISCREPANCY, MaskedPath, maskable
+from serpette.scorers import DLC
+from serpette.types import PathSpec
+
+SHARES = tuple(float(p) for p in LOW_DISCREPANCY[:5])  # k = 5 models, where the paper's ranking stands still
+VIT = {"layers": 8, "image_size": 56}
+PAPER = {
+    "scoring_seconds": 21.5,
+    "scoring_and_search_seconds": 29.5,
+    "one_shot_fine_tuning_seconds": 1033,
+    "el2n_seconds": 4051,
+    "one_shot_over_dlc": 35,
+}
+console = Console()
+
+
+class Decoded(torch.utils.data.Dataset):
+    """Images decoded once: rows of `pixel_values` and `labels`, for pure compute."""
+
+    def __init__(self, entry: str, images: int, image_size: int):
+        self.encoded = zoo.load_dataset("fashion-mnist", limit=images)
+        self.processor = zoo.load_processor(entry, image_size=image_size)
+        _, inputs, self.targets, _ = Examples(self.encoded, processing_class=self.processor).read(
+            range(images)
+        )
+        self.pixel_values = inputs["pixel_values"]
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        return {"pixel_values": self.pixel_values[i], "labels": self.targets[i]}
+
+
+def timed(work: Callable[[], Any]) -> tuple[dict[str, float], Any]:
+    clock, processor = time.perf_counter(), time.process_time()
+    result = work()
+    return {"clock": time.perf_counter() - clock, "processor": time.process_time() - processor}, result
+
+
+def interleaved(
+    a: Callable[[], Any], b: Callable[[], Any], keep: Callable[[int], Path], pairs: int
+) -> dict[str, Any]:
+    """Ratios a / b of `pairs` pairs; a pair that was taken before is read from its file `keep(number)`."""
+    taken = []
+    for number in range(pairs):
+        file = keep(number)
+        if not file.exists():
+            first, second = (a, b) if number % 2 == 0 else (b, a)
+            one, two = timed(first)[0], timed(second)[0]
+            write_json(file, dict(zip("ab" if number % 2 == 0 else "ba", (one, two), strict=True)))
+        taken.append(json.loads(file.read_text()))
+        console.print(
+            f"  {file.stem}: {ratio(taken[-1:], 'clock')['median']:.3f} by the clock", highlight=False
+        )
+    return {kind: ratio(taken, kind) for kind in ("clock", "processor")} | {"pairs": taken}
+
+
+def ratio(pairs: list[dict], kind: str) -> dict[str, float]:
+    ratios = [pair["a"][kind] / pair["b"][kind] for pair in pairs]
+    return {
+        "median": statistics.median(ratios),
+        "least": min(ratios),
+        "most": max(ratios),
+        "a_seconds": statistics.median(p["a"][kind] for p in pairs),
+        "b_seconds": statistics.median(p["b"][kind] for p in pairs),
+    }
+
+
+def bare_passes(model: nn.Module, images: torch.Tensor, passes: int, batch_size: int = 64) -> None:
+    with torch.inference_mode():
+        for _ in range(passes):
+            for batch in images.split(batch_size):
+                model(pixel_values=batch)
+
+
+def scored(model: nn.Module, data: Any, scorer: DLC, **options: Any) -> serpette.Scores:
+    options = {"batch_size": 64, "progress": False} | options
+    return serpette.score(model, data, scorer, **options)
+
+
+def floor(folder: Path, quick: bool) -> dict[str, Any]:
+    """Scoring over k bare forward passes on the same batches. All of `serpette.score` counts, also checking
+    the rows and stacking them into batches: thresholds, masks, passes, prototypes, losses."""
+    images, pairs = (128, 2) if quick else (1024, 4)
+    model, data = zoo.load_model("vit-s", num_labels=10, **VIT), Decoded("vit-s", images, VIT["image_size"])
+    parts: list[dict] = []
+
+    def ours() -> None:
+        parts.append(scored(model, data, DLC(points=SHARES)).cost["seconds"])
+
+    def bare() -> None:
+        bare_passes(model, data.pixel_values, len(SHARES))
+
+    bare_passes(model, data.pixel_values[:64], 1)  # the first pass of a process is slower
+    found = interleaved(ours, bare, lambda i: folder / f"floor-{i}.json", pairs)
+    spec, head = DLC(points=SHARES).path, find_head(model)
+    thresholds = [timed(lambda: MaskedPath(model, spec, head))[0]["processor"] for _ in range(3)]
+    masked = MaskedPath(model, spec, head)
+
+    def put_in_place() -> None:
+        with masked.at(1):
+            pass
+
+    masks = [timed(put_in_place)[0]["processor"] for _ in range(5)]
+    return found | {
+        "images": images,
+        "passes": len(SHARES),
+        "target": 1.05,
+        "reached": found["processor"]["median"] <= 1.05,
+        "thresholds_seconds": statistics.median(thresholds),
+        "masks_seconds_a_chunk_of_512": statistics.median(masks) * (len(SHARES) - 1),
+        "parts_of_the_last_run": parts[-1] if parts else None,
+    }
+
+
+def chained(folder: Path, quick: bool) -> dict[str, Any]:
+    """The authors' form: one unmasked and 50 masked models, 2 % of what is left cut at each step."""
+    images, pairs = (32, 1) if quick else (128, 2)
+    model, data = zoo.load_model("vit-s", num_labels=10, **VIT), Decoded("vit-s", images, VIT["image_size"])
+    official, ours = DLC(variant="official"), DLC(points=SHARES)
+    found = interleaved(
+        lambda: scored(model, data, official),
+        lambda: scored(model, data, ours),
+        lambda i: folder / f"chained-{i}.json",
+        pairs,
+    )
+    both = scored(model, data, official), scored(model, data, ours)
+    labels = both[0].signals.labels
+    weights = sum(w.numel() for w in maskable(model, find_head(model)).values())
+    return found | {
+        "images": images,
+        "models": [len(official.path.points), len(ours.path.points)],
+        "spearman_of_the_scores": class_averaged_spearman(
+            both[0].values["dlc"], both[1].values["dlc"], labels
+        ),
+        "bytes_of_masks": {
+            "torch.nn.utils.prune: weight_orig and weight_mask, float32": 8 * weights,
+            "a uint8 level a weight": weights,
+            "and one masked copy while a model of the path runs": 4 * weights,
+        },
+        "decoding_passes": {"authors": 52, "ours": 1},
+    }
+
+
+def thresholds(folder: Path, quick: bool) -> dict[str, Any]:
+    """20 chained `global_unstructured` calls against one sort, on 0.5 M weights (and on the ViT's 14 M)."""
+    spec = PathSpec(DLC(variant="official").path.points[:21], scope="global")
+
+    def layers() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 512))
+
+    def by_chain(model: nn.Module) -> None:
+        weights = [(m, "weight") for m in model.modules() if isinstance(m, nn.Linear)]
+        for _ in range(20):
+            prune.global_unstructured(weights, prune.L1Unstructured, amount=0.02)
+
+    pairs = 2 if quick else 5
+    small = interleaved(
+        lambda: by_chain(layers()),
+        lambda: MaskedPath(layers(), spec),
+        lambda i: folder / f"thresholds-{i}.json",
+        pairs,
+    )
+    found: dict[str, Any] = {"weights": 2 * 512 * 512, **small}
+    if not quick:
+        vit = zoo.load_model("vit-s", **VIT)
+        twin = zoo.load_model("vit-s", **VIT)  # pruned in place
+        found["vit"] = {"weights": sum(w.numel() for w in maskable(vit).values())} | interleaved(
+            lambda: by_chain(twin),
+            lambda: MaskedPath(vit, spec),
+            lambda i: folder / f"thresholds-vit-{i}.json",
+            1,
+        )
+    return found
+
+
+def one_shot(folder: Path, quick: bool) -> dict[str, Any]:
+    """Scores by fine-tuning: one epoch measured, the paper's 50 by multiplication. Decoding counts on both sides."""
+    images, rounds = (64, 1) if quick else (1000, 1)
+    model, data = (
+        zoo.load_model("vit-s", num_labels=10, **VIT),
+        zoo.load_dataset("fashion-mnist", limit=images),
+    )
+    processor = zoo.load_processor("vit-s", image_size=VIT["image_size"])
+    dlc_with_search: list[dict] = []
+    epochs: dict[str, list[dict]] = {"full": [], "lora": []}
+
+    def pruned() -> dict[str, float]:
+        scores = scored(model, data, DLC(points=SHARES), processing_class=processor)
+        return serpette.select(scores, "flex_rand", 0.3).seconds
+
+    for number in range(rounds):
+        file = folder / f"one_shot-{number}.json"
+        if not file.exists():
+            ours, seconds = timed(pruned)
+            cell = {"dlc_with_search": ours, "search_seconds": seconds["search"]}
+            for name, rank in (("full", 0), ("lora", 8)):
+                cell[name] = timed(
+                    lambda rank=rank: serpette.score(
+                        model, data, "optimisation_complexity", proxy=serpette.FineTune(epochs=1, lora_rank=rank),
+                        processing_class=processor, batch_size=64, progress=False,
+                    )
+                )[0]  # fmt: skip
+            write_json(file, cell)
+        cell = json.loads(file.read_text())
+        dlc_with_search.append(cell["dlc_with_search"])
+        for name in epochs:
+            epochs[name].append(cell[name])
+    found: dict[str, Any] = {"images": images, "measured": {"dlc_with_search": dlc_with_search, **epochs}}
+    for kind in ("clock", "processor"):
+        ours = statistics.median(c[kind] for c in dlc_with_search)
+        found[kind] = {"dlc_with_search_seconds": ours}
+        for name, cells in epochs.items():
+            epoch = statistics.median(c[kind] for c in cells)
+            found[kind][name] = {
+                "one_epoch_over_dlc (measured; with the one pass that serpette.score makes)": epoch / ours,
+                "50_epochs_over_dlc (by multiplication)": 50 * epoch / ours,
+                "el2n_3_runs_over_dlc (by multiplication)": 150 * epoch / ours,
+            }
+    return found
+
+
+def growth(folder: Path, quick: bool) -> dict[str, Any]:
+    """Seconds and peak memory with N, to disk, each N in a process of its own, on a small model."""
+    sizes = (500, 1000) if quick else (1000, 4000, 16000, 60000)
+    rows = []
+    for images in sizes:
+        file = folder / f"growth-{images}.json"
+        if not file.exists():
+            subprocess.run([sys.executable, __file__, "grow", str(images), str(file)], check=True)
+        rows.append(json.loads(file.read_text()))
+        console.print(f"  {images}: {rows[-1]}", highlight=False)
+    last, first = rows[-1], rows[0]
+    more = last["images"] - first["images"]
+    slope = (last["processor"] - first["processor"]) / more
+    bytes_each = (last["peak_bytes"] - first["peak_bytes"]) / more
+    return {
+        "model": "vit-s, 2 layers, 28 px, 5 points, scores and features on disk",
+        "rows": rows,
+        "processor_seconds_an_image": slope,
+        "processor_seconds_an_image_at_each_size": [r["processor"] / r["images"] for r in rows],
+        "bytes_an_image": bytes_each,
+        "bytes_of_an_embedding": 4 * last["features"],
+        "bytes_of_the_path_an_image_on_disk": 4 * last["features"] * len(SHARES),
+    }
+
+
+def grow(images: int, file: Path) -> None:
+    """One size of `growth`, in a fresh process."""
+    import psutil
+
+    torch.set_num_threads(1)
+    model = zoo.load_model("vit-s", num_labels=10, layers=2, image_size=28)
+    processor = zoo.load_processor("vit-s", image_size=28)
+    data = zoo.load_dataset("fashion-mnist", limit=None if images == 60000 else images)
+    with tempfile.TemporaryDirectory() as scratch:
+        few = data.select(range(256))  # imports and first passes are no part of the growth
+        scored(
+            model, few, DLC(points=SHARES), processing_class=processor, batch_size=128, out=f"{scratch}/few"
+        )
+        baseline = psutil.Process().memory_info().rss
+        spent, scores = timed(
+            lambda: scored(
+                model,
+                data,
+                DLC(points=SHARES),
+                processing_class=processor,
+                batch_size=128,
+                out=f"{scratch}/all",
+            )
+        )
+        disk = sum(f.stat().st_size for f in Path(scratch, "all").rglob("*") if f.is_file())
+    assert scores.signals.embeddings is not None
+    write_json(
+        file,
+        {
+            "images": images,
+            **spent,
+            "parts": scores.cost["seconds"],
+            "baseline_bytes": baseline,
+            "peak_bytes": scores.cost["peak_bytes"],
+            "above_baseline_bytes": scores.cost["peak_bytes"] - baseline,
+            "disk_bytes": disk,
+            "features": scores.signals.embeddings.shape[1],
+        },
+    )
+
+
+def search(folder: Path, quick: bool) -> dict[str, Any]:
+    """FlexRand's search for gamma (19 candidates, 5 draws each) as a share of the scoring, decoding included."""
+    rows = []
+    for images in (200, 400) if quick else (1000, 4000):
+        file = folder / f"search-{images}.json"
+        if not file.exists():
+            model, data = (
+                zoo.load_model("vit-s", num_labels=10, **VIT),
+                zoo.load_dataset("fashion-mnist", limit=images),
+            )
+            processor = zoo.load_processor("vit-s", image_size=VIT["image_size"])
+            scoring, scores = timed(
+                lambda m=model, d=data, p=processor, n=images: scored(
+                    m, d, DLC(points=SHARES), processing_class=p, out=folder / f"scores-{n}"
+                )
+            )
+            searching, selection = timed(lambda s=scores: serpette.select(s, "flex_rand", 0.3))
+            write_json(
+                file,
+                {
+                    "images": images,
+                    "scoring": scoring,
+                    "observed_seconds": sum(scores.cost["seconds"].values()),  # also of earlier, killed runs
+                    "selection": searching,
+                    "search_seconds": selection.seconds["search"],
+                    "gamma": selection.selector.gamma,  # type: ignore[attr-defined]
+                },
+            )
+        row = json.loads(file.read_text())
+        row["share_by_clock"] = row["selection"]["clock"] / row["observed_seconds"]
+        row["share_by_processor"] = row["selection"]["processor"] / row["scoring"]["processor"]
+        rows.append(row)
+    return {"keep": 0.3, "rows": rows, "target": 0.10, "paper": "8 s of 29.5 s"}
+
+
+def precision(folder: Path, quick: bool) -> dict[str, Any]:
+    """bfloat16 and channels-last: time over float32, and whether the ranking stays."""
+    images, pairs = (64, 1) if quick else (512, 3)
+    found: dict[str, Any] = {}
+    for name, entry, options, how in (
+        ("vit-s bfloat16", "vit-s", VIT, "bfloat16"),
+        ("efficientnet-lite0 bfloat16", "efficientnet-lite0", {"image_size": 112}, "bfloat16"),
+        ("efficientnet-lite0 channels-last", "efficientnet-lite0", {"image_size": 112}, "channels_last"),
+    ):
+        model, data = (
+            zoo.load_model(entry, num_labels=10, **options),
+            Decoded(entry, images, options["image_size"]),
+        )
+
+        def other(model: nn.Module = model, data: Decoded = data, how: str = how) -> serpette.Scores:
+            if how == "bfloat16":
+                return scored(model, data, DLC(points=SHARES), precision=torch.bfloat16)
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            scores = scored(model, data, DLC(points=SHARES))
+            model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+            return scores
+
+        def plain(model: nn.Module = model, data: Decoded = data) -> serpette.Scores:
+            return scored(model, data, DLC(points=SHARES))
+
+        file = folder / f"precision-{name.replace(' ', '-')}.json"
+        if not file.exists():
+            one, two = other(), plain()
+            a, b, labels = one.values["dlc"], two.values["dlc"], two.signals.labels
+            agreement = {"spearman": spearman(a, b), "class_averaged": class_averaged_spearman(a, b, labels)}
+            write_json(file, agreement)
+        times = interleaved(other, plain, lambda i, f=file: f.with_name(f"{f.stem}-{i}.json"), pairs)
+        found[name] = json.loads(file.read_text()) | times | {"images": images}
+    return found
+
+
+PARTS = {
+    "thresholds": thresholds,
+    "growth": growth,
+    "floor": floor,
+    "precision": precision,
+    "one_shot": one_shot,
+    "chained": chained,
+    "search": search,
+}
+
+
+def main(out: Path, args: list[str]) -> None:
+    quick, wanted = "--quick" in args, [a for a in args if not a.startswith("--")]
+    if unknown := [a for a in wanted if a not in PARTS]:
+        raise ValueError(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
+    torch.set_num_threads(1)
+    folder = zoo.cache_dir() / "benchmarks" / ("dlc_speed-quick" if quick else "dlc_speed")
+    if "--fresh" in args:
+        for file in folder.glob("*.json"):
+            file.unlink()
+    file = folder / "result.json" if quick else out / "result.json"
+    result = json.loads(file.read_text()) if file.exists() else {"parts": {}}
+    for number, name in enumerate(wanted or PARTS):
+        console.print(f"[{number + 1}/{len(wanted or PARTS)}] {name}", markup=False)
+        result["parts"][name] = PARTS[name](folder, quick)
+        result |= {
+            "command": "serpette bench dlc_speed",
+            "quick": quick,
+            "paper": PAPER,
+            "versions": versions(),
+            "hardware": hardware(),
+            "comparisons": "one ratio a line of the README's table, from 1 to 5 interleaved pairs",
+        }
+        write_json(file, result)
+    console.print(f"written: {file}")
+
+
+if __name__ == "__main__":
+    assert sys.argv[1] == "grow"
+    grow(int(sys.argv[2]), Path(sys.argv[3]))
