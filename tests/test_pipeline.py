@@ -129,7 +129,13 @@ def test_a_stopped_run_goes_on_and_ends_the_same(places, finished, tmp_path, how
     command = [sys.executable, "-m", "serpette.cli", "run", str(file)]
     environment = {**os.environ, "PYTHONPATH": str(SRC), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # else ignored in the background
+        )
     deadline = time.monotonic() + 120
     while (
         not (out / "arms" / "full.json").exists() and process.poll() is None and time.monotonic() < deadline

@@ -42,7 +42,7 @@ class Size:
     seeds: int = 10
 
 
-QUICK = Size(pool=300, train=200, test=200, random_pool=100, mask_seeds=2, tuned=100, epochs=2, seeds=2)
+QUICK = Size(pool=300, train=200, test=200, random_pool=150, mask_seeds=2, tuned=150, epochs=2, seeds=2)
 
 
 def cache() -> Path:

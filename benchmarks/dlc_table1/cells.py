@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,38 @@ from serpette import selectors as selector_methods
 from serpette.data import budget
 from serpette.data.proxy import Probe
 from serpette.data.search import describe, search
+from serpette.data.selectors import FlexRand
 from serpette.data.store import write_json
 from serpette.evaluate import accuracy_by_class, calibration_error, detection_auc
 from serpette.scorers import DLC, Herding
 from serpette.types import PathSpec, Signals
 
 FASHION, MOVIES = (0.05, 0.1, 0.3, 0.5, 0.7), (0.1, 0.3, 0.5, 0.7)
-# task: (set of features, make-up, examples drawn, shares kept)
-TASKS: dict[str, tuple[str, str, int, tuple[float, ...]]] = {
-    "fashion-vit/clean": ("fashion-vit", "clean", 4000, FASHION),
-    "fashion-vit/wrong_labels": ("fashion-vit", "wrong_labels", 4000, FASHION),
-    "fashion-vit/long_tail": ("fashion-vit", "long_tail", 4000, FASHION),
-    "movies/clean": ("movies-minilm", "clean", 4000, MOVIES),
-    "movies/wrong_labels": ("movies-minilm", "wrong_labels", 4000, MOVIES),
-    "fashion-effnet/clean": ("fashion-effnet", "clean", 2500, (0.1, 0.3)),
-    "fashion-effnet/wrong_labels": ("fashion-effnet", "wrong_labels", 2500, (0.1, 0.3)),
-}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A task: `size` examples drawn from a set of features, by each seed; `pool` and `test` shrink that set."""
+
+    name: str
+    source: str
+    make_up: str
+    size: int
+    keeps: tuple[float, ...]
+    pool: int | None = None
+    test: int | None = None
+
+
+PLANS = (
+    Plan("fashion-vit/clean", "fashion-vit", "clean", 4000, FASHION),
+    Plan("fashion-vit/wrong_labels", "fashion-vit", "wrong_labels", 4000, FASHION),
+    Plan("fashion-vit/long_tail", "fashion-vit", "long_tail", 4000, FASHION),
+    Plan("movies/clean", "movies-minilm", "clean", 4000, MOVIES),
+    Plan("movies/wrong_labels", "movies-minilm", "wrong_labels", 4000, MOVIES),
+    Plan("fashion-effnet/clean", "fashion-effnet", "clean", 1500, (0.1, 0.3)),
+    Plan("fashion-effnet/wrong_labels", "fashion-effnet", "wrong_labels", 1500, (0.1, 0.3)),
+)
+QUICK = (Plan("fashion-vit/wrong_labels", "fashion-vit", "wrong_labels", 300, (0.3,), pool=400, test=200),)
 DRAWS = 3  # of each random control: their mean is what a seed's other arms are compared with
 CONTROLS = ("random", "stratified_random", "equal_quotas")
 GREEDY = (
@@ -58,6 +74,13 @@ def all_scorers() -> dict[str, Any]:
     return made
 
 
+class Gammas(FlexRand):
+    """FlexRand with 10 of its 19 candidates: the searches of 11 scorers are most of a cell's time."""
+
+    def candidates(self) -> list[FlexRand]:
+        return [FlexRand(i / 20) for i in range(1, 20, 2)]
+
+
 class InverseDistance(DLC):
     """DLC with the classifier of the authors' scripts, raw features and 1 / distance, on our masks."""
 
@@ -79,9 +102,9 @@ def arms() -> list[tuple[str, str]]:
 
 
 @functools.lru_cache(maxsize=2)
-def pool_of(name: str) -> tasks.Pool:
+def pool_of(source: str, pool: int | None, test: int | None) -> tasks.Pool:
     """The features, once a process."""
-    return tasks.features(name)
+    return tasks.features(source, pool, test)
 
 
 def cell_file(folder: Path, task: str, keep: float, seed: int) -> Path:
@@ -89,16 +112,14 @@ def cell_file(folder: Path, task: str, keep: float, seed: int) -> Path:
     return folder / task.replace("/", "-") / f"keep{keep:g}-seed{seed}.json"
 
 
-def run(task: str, seed: int, folder: Path) -> int:
+def run(plan: Plan, seed: int, folder: Path) -> int:
     """Computes what is missing of one seed of a task; the number of cells written."""
     torch.set_num_threads(1)
-    source, make_up, size, keeps = TASKS[task]
-    missing = [keep for keep in keeps if not cell_file(folder, task, keep, seed).exists()]
-    if not missing:
-        return 0
-    bench = Seed(pool_of(source), make_up, seed, size)
-    for keep in missing:
-        write_json(cell_file(folder, task, keep, seed), bench.cell(task, keep))
+    missing = [keep for keep in plan.keeps if not cell_file(folder, plan.name, keep, seed).exists()]
+    if missing:
+        bench = Seed(pool_of(plan.source, plan.pool, plan.test), plan.make_up, seed, plan.size)
+        for keep in missing:
+            write_json(cell_file(folder, plan.name, keep, seed), bench.cell(plan.name, keep))
     return len(missing)
 
 
@@ -137,19 +158,9 @@ class Seed:
             outcome[control] = _mean([self.outcome(picks, penalty) for picks in draws])
         searched, search_seconds = {}, 0.0
         for scorer, name in arms():
-            selector = self.named(name)
+            start = time.perf_counter()
+            selector = self.searched(scorer, name, keep)
             if hasattr(selector, "candidates"):
-                start = time.perf_counter()
-                selector, _ = search(
-                    selector,
-                    self.signals,
-                    self.rescored[scorer],
-                    keep,
-                    True,
-                    seed=self.seed,
-                    repeats=2,
-                    limit=2000,
-                )
                 search_seconds += time.perf_counter() - start
                 searched[f"{scorer}+{name}"] = describe(selector)
             picks = self.pick(selector, scorer, k, True, f"{scorer}+{name}")
@@ -170,9 +181,17 @@ class Seed:
             "seconds": {**self.seconds, "searches": search_seconds},
         }
 
+    def searched(self, scorer: str, name: str, keep: float) -> Any:
+        """The selector, its open hyperparameter chosen on a split of the training examples."""
+        selector = self.named(name)
+        if not hasattr(selector, "candidates"):
+            return selector
+        scores_of = self.rescored[scorer]
+        return search(selector, self.signals, scores_of, keep, True, seed=self.seed, repeats=2, limit=1250)[0]
+
     @staticmethod
     def named(name: str) -> Any:
-        return selector_methods.registry.make(name)
+        return Gammas() if name == "flex_rand" else selector_methods.registry.make(name)
 
     def pick(self, selector: Any, scorer: str, k: int, per_class: bool | str, arm: str) -> Tensor:
         key = blake2b(f"{self.seed}/{k}/{arm}".encode(), digest_size=7).digest()
@@ -227,9 +246,3 @@ def _mean(outcomes: list[dict]) -> dict[str, Any]:
         name: torch.tensor([o[name] for o in outcomes], dtype=torch.float64).mean(0).tolist()
         for name in outcomes[0]
     }
-
-
-def read(folder: Path, task: str, keep: float, seeds: int) -> list[dict]:
-    """The cells of the first `seeds` seeds that are there."""
-    files = [cell_file(folder, task, keep, seed) for seed in range(seeds)]
-    return [json.loads(file.read_text()) for file in files if file.exists()]

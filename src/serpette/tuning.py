@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -38,11 +39,20 @@ def trainable(
             target_modules=_targets(model, head) if target_modules == "all-linear" else target_modules,  # type: ignore[arg-type]
             modules_to_save=[name for name, module in model.named_modules() if module is head] or None,
         )
-        return get_peft_model(model, config)  # type: ignore[arg-type] - any module
+        with _quiet():
+            return get_peft_model(model, config)  # type: ignore[arg-type] - any module
     if head is None:
         raise ValueError(f"method='head' needs a model with a head; {type(model).__name__} has none")
     head.requires_grad_(True)
     return model
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' warnings of names that peft and its own Trainer still use."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _targets(model: nn.Module, head: nn.Module | None) -> list[str]:
@@ -106,7 +116,5 @@ def train(
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":  # it prints a dict where tqdm is off
                 trainer.remove_callback(type(callback))
-        with warnings.catch_warnings():
-            # transformers warns of names that peft and its own Trainer still use
-            warnings.simplefilter("ignore", FutureWarning)
+        with _quiet():
             trainer.train()

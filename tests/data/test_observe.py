@@ -173,9 +173,8 @@ def start(tmp_path: Path, *arguments: str, **env: str) -> subprocess.Popen:
     root = tests.parent / "src"
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{root}:{tests}", **env}
     command = [sys.executable, str(script), arguments[0], str(tests), *arguments[1:]]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    with open(tmp_path / "stderr", "a") as errors:
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
 
 
 def test_two_processes_give_the_scores_of_one(tmp_path):

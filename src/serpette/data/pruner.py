@@ -371,7 +371,8 @@ class DataPruner:
         **options: Any,
     ):
         self.scorer, self.select, self.keep = scorer, select, keep
-        self.per_class, self.seed, self.batch_size, self.options = per_class, seed, batch_size, options
+        self.per_class: PerClass | None = per_class
+        self.seed, self.batch_size, self.options = seed, batch_size, options
 
     def fit(
         self, model: nn.Module, dataset: Any, data_collator: Any = None, processing_class: Any = None

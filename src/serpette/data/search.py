@@ -61,6 +61,7 @@ def search(
     some = torch.randperm(len(pool), generator=torch.Generator().manual_seed(seed))[:k]
     penalty = max((0.01, 0.1, 1.0, 10.0), key=lambda p: validation(some, p))
 
+    needed = embeddings[pool] if "embeddings" in selector.needs else None
     candidates, table = selector.candidates(), []
     for candidate in candidates:
         values = []
@@ -73,7 +74,7 @@ def search(
                 labels=pool_labels if signals.num_classes else None,
                 per_class=per_class,
                 generator=generator,
-                embeddings=embeddings[pool],
+                embeddings=needed,
             )
             values.append(validation(picks, penalty))
         table.append((describe(candidate), sum(values) / repeats))

@@ -30,7 +30,9 @@ class LearningConfidence:
     def along_path(self, signals: Signals) -> Tensor:
         """1 - confidence of each model on each example, (P, N) float64."""
         if signals.task not in self.tasks:
-            raise ValueError("learning_confidence is the confidence in a class; it has no meaning in a regression")
+            raise ValueError(
+                "learning_confidence has no meaning in a regression: there is no class to be sure of"
+            )
         path, labels = signals.path(self.path, self.name), signals.require("labels", self.name)
         doubt_PN = torch.empty(len(path.points), len(labels), dtype=torch.float64)
         for rows, logits_PnC in prototype_logits(path, labels, signals.num_classes):
