@@ -1,4 +1,4 @@
-"""One seed of one task: every scorer once, then every arm at each share kept. A cell: (task, keep, seed)."""
+"""One seed of a task: every scorer once, then every arm at each share kept; a cell is (task, keep, seed)."""
 
 from __future__ import annotations
 

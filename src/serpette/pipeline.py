@@ -211,7 +211,8 @@ class Job:
         entry = {
             "name": arm.name,
             "scorer": arm.scorer,
-            "select": selector or arm.select,
+            "select": arm.select,
+            "selector": selector,
             "keep": arm.keep,
             "per_class": arm.per_class,
             "gamma": _gamma(selector),
