@@ -245,7 +245,9 @@ def test_select_writes_the_ids(serpette, scores, tmp_path, suffix):
         text = out.read_text(encoding="utf-8")
         ids = json.loads(text) if suffix == ".json" else text.splitlines()
     assert ids == ["e9", "e10", "ü 7"]
-    assert [p.name for p in out.parent.iterdir()] == [out.name]  # no temporary file stays
+    assert {p.name for p in out.parent.iterdir()} == {out.name, "kept.result.json"}  # no temporary file stays
+    how = json.loads((out.parent / "kept.result.json").read_text())
+    assert how["selector"]["name"] == "top_hard" and how["scorer"] == "dlc" and how["examples"] == 3
 
 
 def test_select_by_class_and_by_the_other_score(serpette, scores, tmp_path):

@@ -117,6 +117,37 @@ def test_the_folder_of_another_recipe_is_refused(places, finished):
         run(load(file), progress=False)
 
 
+def test_one_scorer_with_two_options_and_names_alike(places, tmp_path):
+    file = recipe_file(
+        places,
+        tmp_path / "out",
+        extra="""  - {name: "a b", scorer: dlc, select: top_hard, keep: 0.2}
+  - name: a_b
+    scorer: dlc
+    scorer_options: {variant: official, points: [0, 0.3]}
+    select: top_hard
+    keep: 0.2
+""",
+    )
+    file.write_text(file.read_text().replace("epochs: 2", "epochs: 1"))
+    run(load(file), progress=False)
+    got = result(tmp_path / "out")
+    assert [arm["name"] for arm in got["arms"]][-2:] == ["a b", "a_b"], "one spelling as a file name"
+    assert set(got["scorers"]) == {"dlc", "el2n", "dlc:a_b"}
+    assert got["scorers"]["dlc:a_b"]["points"] == [0, 0.3] and got["scorers"]["dlc"]["passes"] >= 4
+
+
+def test_training_on_the_test_split_is_refused(places, tmp_path):
+    file = recipe_file(places, tmp_path / "out")
+    file.write_text(
+        file.read_text().replace(
+            f"train: {places / 'images'}", f"train: {places / 'images'}, test_split: train"
+        )
+    )
+    with pytest.raises(ValueError, match="the training split, too"):
+        load(file)
+
+
 def stable(arms: list[dict]) -> list[dict]:
     measured = ("seconds", "peak_bytes")
     return [{k: v for k, v in arm.items() if k not in measured} for arm in arms]
@@ -138,7 +169,9 @@ def test_a_stopped_run_goes_on_and_ends_the_same(places, finished, tmp_path, how
         )
     deadline = time.monotonic() + 120
     while (
-        not (out / "arms" / "full.json").exists() and process.poll() is None and time.monotonic() < deadline
+        not (out / "arms" / "00-full.json").exists()
+        and process.poll() is None
+        and time.monotonic() < deadline
     ):
         time.sleep(0.01)
     process.send_signal(how)
@@ -171,7 +204,10 @@ def test_a_regression_recipe(tmp_path):
 name: regression
 out: {tmp_path / "out"}
 model: {{name: {tmp_path / "model"}}}
-data: {{train: {tmp_path / "train.jsonl"}, test: {tmp_path / "test.jsonl"}, test_split: train}}
+data:
+  train: {tmp_path / "train.jsonl"}
+  test: {tmp_path / "test.jsonl"}
+  max_length: 16
 tune: {{method: head, epochs: 1}}
 arms:
   - {{name: full}}

@@ -87,6 +87,11 @@ def score(
     split: str = "train",
     limit: int | None = None,
     batch_size: int = 64,
+    label_column: str | None = None,
+    id_column: str | None = None,
+    proxy: Literal["probe", "finetune", "model"] = "probe",
+    max_length: int = 128,
+    device: str = "auto",
     seed: int = 0,
 ) -> None:
     """Score each example of a data set, into OUT/scores.parquet. Higher = harder, or picked sooner.
@@ -101,23 +106,37 @@ def score(
         split: Split of the data set.
         limit: At most so many examples, drawn with the seed; None: all of them.
         batch_size: Examples a forward pass; changes speed and memory, never a score.
+        label_column: Column of the labels. Default: found by its name (label, labels, target, rating, class).
+        id_column: Column of unique ids. Default: `id`; without one an id is the number of the row.
+        proxy: Whose logits the scores see that need training: a linear probe on the features, a short
+            fine-tuning, or the model itself.
+        max_length: Tokens a text is cut to.
+        device: cpu, cuda, cuda:1, mps; auto: a GPU if there is one.
         seed: Of the draw and of the scores that have a random part.
     """
     _at_least("limit", limit, 1)
     _at_least("batch_size", batch_size, 1)
+    _at_least("max_length", max_length, 1)
     from .data import pruner
     from .data.examples import Examples
-    from .data.sources import open_dataset, open_model
+    from .data.sources import device_of, encode_labels, open_dataset, open_model
 
     examples = open_dataset(dataset, split, limit=limit, seed=seed)
-    task, classes = Examples(examples).target()
+    rows = Examples(examples, label_column=label_column, id_column=id_column)
+    if rows.label_column:
+        examples = encode_labels(examples, rows.label_column)
+    task, classes = Examples(examples, label_column=label_column).target()
     network, processor = open_model(model, task=task, num_labels=classes or 1, seed=seed)
     pruner.score(
-        network,
+        network.to(device_of(device)),  # type: ignore[arg-type] - transformers' stub of nn.Module.to
         examples,
         scorer or ("dlc",),
         processing_class=processor,
+        label_column=label_column,
+        id_column=id_column,
         task=task,
+        proxy=proxy,
+        max_length=max_length,
         batch_size=batch_size,
         seed=seed,
         out=out,
@@ -136,7 +155,7 @@ def select(
     per_class: bool = True,
     seed: int = 0,
 ) -> None:
-    """Choose the examples that stay and write their ids.
+    """Choose the examples that stay and write their ids, and how they were chosen to OUT's .result.json.
 
     Example: serpette select --scores scores --scorer dlc --selector flex_rand --keep 0.3 --out kept.txt
 
@@ -169,6 +188,25 @@ def select(
         text = json.dumps(ids, ensure_ascii=False) if out.suffix == ".json" else "\n".join(ids)
         part.write_text(text + "\n", encoding="utf-8")
     part.replace(out)
+    from .cost import versions
+    from .data.store import write_json
+
+    write_json(
+        out.with_suffix(".result.json"),
+        {
+            "kind": "selection",
+            "scores": str(scores),
+            "scorer": held.of(scorer)[0],
+            "selector": pruner.config_of(chosen.selector),
+            "searched": chosen.searched,
+            "keep": keep,
+            "per_class": per_class,
+            "examples": len(ids),
+            "seconds": chosen.seconds,
+            "seed": seed,
+            "versions": versions(),
+        },
+    )
     print(f"{len(ids)} ids in {out}")
 
 

@@ -21,22 +21,24 @@ from torch import Tensor, nn
 from . import __version__
 from .cost import forward_flops, hardware, measure, train_flops, versions
 from .data import pruner
-from .data.examples import Examples, check_labels, decode_image
-from .data.features import find_head
+from .data.examples import Examples, check_labels, decode_image, is_image
+from .data.features import accepted_names, find_head
 from .data.mmd import mmd
 from .data.observe import evaluating
 from .data.proxy import TRAINING_SIGNALS
 from .data.search import describe
 from .data.selectors import registry as selectors
-from .data.sources import open_dataset, open_model
+from .data.sources import device_of, encode_labels, open_dataset, open_model
 from .data.store import write_atomic, write_json
 from .evaluate import accuracy, accuracy_by_class, paired_difference, r2
 from .recipe import ArmSpec, Recipe, check, dump, to_dict
 from .scorers import registry as scorers
 from .tuning import train, trainable
+from .types import uniform_of
 
 GALLERY = 6  # pictures of each class, easiest and hardest
 THUMBNAIL = 64  # px
+MMD_EXAMPLES = 5000  # the distance costs N^2
 
 
 def run(recipe: Recipe, *, progress: bool = True) -> Path:
@@ -57,7 +59,7 @@ def run(recipe: Recipe, *, progress: bool = True) -> Path:
     folder = recipe.folder
     _claim(folder, recipe)
     job = Job(recipe, say)
-    arms = [job.arm(arm) for arm in recipe.arms]
+    arms = [job.arm(arm, number) for number, arm in enumerate(recipe.arms)]
     result = job.result(arms)
     write_json(folder / "result.json", result)
     write_json(folder / "gallery.json", job.gallery())
@@ -76,7 +78,11 @@ class Job:
         self.test = open_dataset(
             data.test or data.train, data.test_split, limit=data.test_limit, seed=recipe.seed
         )
-        rows = Examples(self.train)
+        rows = Examples(self.train, label_column=data.label_column)
+        if column := rows.label_column:
+            self.train = encode_labels(self.train, column)
+            rows = Examples(self.train, label_column=data.label_column)
+            self.test = encode_labels(self.test, column, rows.class_names)
         self.task, num_classes = rows.target()
         self.classes = rows.class_names or [str(c) for c in range(num_classes)]
         self.model, self.processor = open_model(
@@ -85,8 +91,18 @@ class Job:
             num_labels=num_classes or 1,
             **({"seed": recipe.seed} | recipe.model.options),
         )
-        self.train_examples = Examples(self.train, processing_class=self.processor)
-        self.test_examples = Examples(self.test, processing_class=self.processor)
+        device = device_of(recipe.device)
+        self.model.to(device)  # type: ignore[arg-type] - transformers' stub of nn.Module.to
+        reading = {
+            "processing_class": self.processor,
+            "label_column": data.label_column,
+            "max_length": data.max_length,
+        }
+        self.train_examples, self.test_examples = (
+            Examples(self.train, **reading),
+            Examples(self.test, **reading),
+        )
+        self.train_examples.accepted = self.test_examples.accepted = accepted_names(self.model)
         labels = self.test_examples.labels()
         if labels is None:
             raise ValueError(
@@ -99,7 +115,7 @@ class Job:
             self.model,
             self.train,
             list(self.methods.values()),
-            processing_class=self.processor,
+            **reading,
             task=self.task,
             proxy=recipe.proxy,
             batch_size=recipe.batch_size,
@@ -123,7 +139,7 @@ class Job:
             if key not in made:
                 method = scorers.make(arm.scorer, **arm.scorer_options)
                 if method.name in methods:
-                    method.name = arm.name
+                    method.name = f"{method.name}:{arm.name}"
                 made[key] = method.name
                 methods[method.name] = method
             self.scorer_of[arm.name] = made[key]
@@ -163,9 +179,10 @@ class Job:
             total += spent["proxy"] if method.needs & TRAINING_SIGNALS else 0.0
         return total
 
-    def arm(self, arm: ArmSpec) -> dict[str, Any]:
+    def arm(self, arm: ArmSpec, number: int) -> dict[str, Any]:
         """The arm's entry in `result.json`; read from disk if an earlier run finished it."""
-        path = self.folder / "arms" / f"{re.sub(r'[^A-Za-z0-9._-]', '_', arm.name)}.json"
+        name = re.sub(r"[^A-Za-z0-9._-]", "_", arm.name)
+        path = self.folder / "arms" / f"{number:02d}-{name}.json"
         if path.exists():
             self.say(f"{arm.name}: done before")
             return json.loads(path.read_text())
@@ -205,7 +222,12 @@ class Job:
                 on_step=self.say.step,
             )
         with measure(device) as evaluation:
-            outputs, kept = predict(model, self.test_examples, self.recipe.batch_size)
+            outputs, kept, bad = predict(model, self.test_examples, self.recipe.batch_size)
+        if bad and self.recipe.on_bad == "raise":
+            name, reason = next(iter(bad.items()))
+            raise ValueError(
+                f"test example {name!r}: {reason}; mend it, or go on without it: on_bad: set_aside"
+            )
         truth = self.test_labels[kept]
         seconds |= {"tuning": cost.seconds, "evaluation": evaluation.seconds}
         entry = {
@@ -227,6 +249,7 @@ class Job:
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             },
+            "test_set_aside": bad,
             "ids": self.scores.signals.ids[positions.numpy()].tolist(),
         } | self._quality(outputs, truth, labels[positions])
         write_json(path, entry)
@@ -251,8 +274,14 @@ class Job:
         }
 
     def _mmd(self, positions: Tensor) -> float:
+        """To the full set; of that, and of the subset, at most 5,000 examples are looked at."""
         embeddings = self.scores.signals.require("embeddings", "mmd")
-        return mmd(embeddings, embeddings[positions])
+        if len(positions) == len(embeddings):
+            return 0.0
+        order = uniform_of(self.scores.signals.ids, 0).argsort()
+        chosen = torch.zeros(len(order), dtype=torch.bool)
+        chosen[positions] = True
+        return mmd(embeddings[order[:MMD_EXAMPLES]], embeddings[order[chosen[order]][:MMD_EXAMPLES]])
 
     def _flops(self, arm: ArmSpec, model: nn.Module, rows: Tensor, labels: Tensor) -> dict[str, float]:
         """Counted on one batch and multiplied; the scoring of an arm without a scorer is free."""
@@ -300,12 +329,18 @@ class Job:
                 "train_examples": self.scores.total,
                 "test_examples": len(arms[0]["each"]),
                 "classes": self.classes,
-                "set_aside": [{"id": i, "reason": why} for i, why in self.scores.set_aside.items()],
+                "set_aside": [
+                    {"id": i, "reason": why}
+                    for i, why in (self.scores.set_aside | arms[0]["test_set_aside"]).items()
+                ],
             },
             "model": {"name": recipe.model.name} | arms[0]["model"],
             "observing": spent | {"peak_bytes": self.scores.cost["peak_bytes"]},
             "scorers": methods,
-            "arms": [{k: v for k, v in arm.items() if k not in ("each", "ids", "model")} for arm in arms],
+            "arms": [
+                {k: v for k, v in arm.items() if k not in ("each", "ids", "model", "test_set_aside")}
+                for arm in arms
+            ],
             "comparisons": _comparisons(arms),
         }
 
@@ -333,7 +368,7 @@ class Job:
     def _show(self, row: int) -> dict[str, str]:
         item = self.train[row]
         for value in item.values() if isinstance(item, dict) else ():
-            if isinstance(value, dict) or type(value).__module__.startswith("PIL."):
+            if is_image(value):
                 picture = decode_image(value)
                 picture.thumbnail((THUMBNAIL, THUMBNAIL))
                 buffer = io.BytesIO()
@@ -343,17 +378,22 @@ class Job:
         return {"text": text[:300]} if text else {}
 
 
-def predict(model: nn.Module, examples: Examples, batch_size: int) -> tuple[Tensor, list[int]]:
-    """Outputs (N, C) float32 on the CPU, and the rows that could be read."""
+def predict(
+    model: nn.Module, examples: Examples, batch_size: int
+) -> tuple[Tensor, list[int], dict[str, str]]:
+    """Outputs (N, C) float32 on the CPU, the rows that could be read, {id: reason} of the others."""
     device = next(model.parameters()).device
-    outputs, kept = [], []
+    outputs, kept, set_aside = [], [], {}
     with evaluating(model), torch.inference_mode():
         for start in range(0, len(examples), batch_size):
-            good, inputs, _, _ = examples.read(range(start, min(start + batch_size, len(examples))))
+            good, inputs, _, bad = examples.read(range(start, min(start + batch_size, len(examples))))
+            set_aside |= bad
             if good:
                 outputs.append(model(**{k: v.to(device) for k, v in inputs.items()}).logits.float().cpu())
                 kept += good
-    return torch.cat(outputs), kept
+    if not outputs:
+        raise ValueError(f"none of the {len(examples)} test examples could be read")
+    return torch.cat(outputs), kept, set_aside
 
 
 def set_seeds(seed: int) -> None:

@@ -45,6 +45,10 @@ class DataSpec:
     """At most so many training examples, drawn with the recipe's seed; None: all."""
     test_limit: int | None = None
     """At most so many test examples; None: all."""
+    label_column: str | None = None
+    """Column of the labels; None: found by its name (label, labels, target, rating, class)."""
+    max_length: int = 128
+    """Tokens a text is cut to."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,8 @@ class Recipe:
     """Examples a forward pass while scoring; changes speed and memory, never a score."""
     proxy: Literal["probe", "finetune", "model"] = "probe"
     """Whose logits the scorers see: of a linear probe on the features, a fine-tuning, the model itself."""
+    device: str = "auto"
+    """Where the model runs: `cpu`, `cuda`, `cuda:1`, `mps`; `auto`: a GPU if there is one."""
     on_bad: Literal["set_aside", "raise"] = "set_aside"
     """What happens to an example that cannot be read: listed and left out, or an error."""
     out: str | None = None
@@ -196,6 +202,7 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
             data.test_limit is None or data.test_limit >= 1,
             "at least 1, or null for all",
         ),
+        ("data.max_length", data.max_length, data.max_length >= 1, "at least 1"),
         ("tune.epochs", tune.epochs, tune.epochs >= 1, "at least 1"),
         ("tune.learning_rate", tune.learning_rate, 0 < tune.learning_rate < float("inf"), "above 0"),
         ("tune.batch_size", tune.batch_size, tune.batch_size >= 1, "at least 1"),
@@ -209,6 +216,11 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
     for key, value, fine, limit in limits:
         if not fine:
             raise ValueError(f"{where}: {key}={value!r} must be {limit}")
+    if (data.test or data.train, data.test_split) == (data.train, data.train_split):
+        raise ValueError(
+            f"{where}: data.test_split={data.test_split!r} of {data.train!r} is the training split, too; "
+            "name another split, or other test examples with data.test"
+        )
     names = [arm.name for arm in recipe.arms]
     for i, arm in enumerate(recipe.arms):
         key = f"{where}: arms.{i}"

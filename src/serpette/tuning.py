@@ -32,11 +32,17 @@ def trainable(
     if method == "lora":
         from peft import LoraConfig, get_peft_model
 
+        targets = _targets(model, head) if target_modules == "all-linear" else target_modules
+        if not targets:
+            raise ValueError(
+                f"method='lora' finds no Linear layer in {type(model).__name__} but its head; "
+                "use method='full' or 'head', or name convolutions with target_modules"
+            )
         config = LoraConfig(
             r=rank,
             lora_alpha=alpha,  # type: ignore[arg-type] - peft takes a float
             lora_dropout=dropout,
-            target_modules=_targets(model, head) if target_modules == "all-linear" else target_modules,  # type: ignore[arg-type]
+            target_modules=targets,  # type: ignore[arg-type] - any sequence of names
             modules_to_save=[name for name, module in model.named_modules() if module is head] or None,
         )
         with _quiet():

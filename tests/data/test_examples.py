@@ -3,9 +3,12 @@
 import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
+from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerFast
 
 import serpette
 from serpette.data.examples import Examples, check_labels
@@ -45,6 +48,7 @@ def test_duplicate_ids_are_named():
         ([0, 0.5], r"0\.5.*id 'b'.*class index.*regression"),
         ([0, 3], r"label=3.*id 'b'.*0\.\.2.*num_labels"),
         ([0, -1], r"label=-1.*id 'b'.*unlabelled"),
+        ([0, float("inf")], r"id 'b' must be finite"),
         ([0, [1, 2]], r"id 'b' must be a single number"),
     ],
 )
@@ -100,13 +104,98 @@ def test_a_data_set_that_streams():
 
 def test_rows_without_an_input():
     with pytest.raises(ValueError, match=r"no input found.*columns label, note"):
-        serpette.score(mlp(), datasets.Dataset.from_dict({"label": [0, 1, 2], "note": [1, 2, 3]}), "dlc")
+        serpette.score(
+            mlp(), datasets.Dataset.from_dict({"label": [0, 1, 2], "note": [{"by": 1}] * 3}), "dlc"
+        )
 
 
 def test_text_without_a_tokenizer():
     data = datasets.Dataset.from_dict({"text": ["a", "b", "c"], "label": [0, 1, 2]})
     with pytest.raises(ValueError, match="tokenizer"):
         serpette.score(tiny("bert"), data, "dlc", progress=False)
+
+
+def tokenized(n=12):
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(5, 60, size=4 + i % 5).tolist() for i in range(n)]
+    return datasets.Dataset.from_dict(
+        {
+            "id": [f"t{i}" for i in range(n)],
+            "text": ["words"] * n,
+            "idx": list(range(n)),
+            "input_ids": rows,
+            "attention_mask": [[1] * len(row) for row in rows],
+            "label": [i % 3 for i in range(n)],
+        }
+    )
+
+
+def word_tokenizer():
+    words = {w: i for i, w in enumerate(["[PAD]", "[UNK]", *[f"w{i}" for i in range(60)]])}
+    whole = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=whole, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def test_what_the_trainer_takes():
+    model, tokenizer, data = tiny("bert"), word_tokenizer(), tokenized()
+    padded = serpette.score(
+        model, data, "dlc", data_collator=DataCollatorWithPadding(tokenizer), progress=False
+    ).values["dlc"]
+    by_class = serpette.score(model, data, "dlc", processing_class=tokenizer, progress=False).values["dlc"]
+    one_by_one = serpette.score(model, data, "dlc", batch_size=1, progress=False).values["dlc"]
+    torch.testing.assert_close(padded, one_by_one, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(by_class, one_by_one, rtol=1e-4, atol=1e-4)
+
+
+def test_a_collator_that_reads_raw_rows():
+    pictures = [Image.fromarray(np.full((32, 32, 3), 7 * i, np.uint8)) for i in range(9)]
+    data = datasets.Dataset.from_dict({"image": pictures, "label": [0, 1, 2] * 3}).cast_column(
+        "image", datasets.Image()
+    )
+
+    def collate(rows):
+        pixels = [torch.from_numpy(np.asarray(row["image"]).copy()).permute(2, 0, 1) / 255 for row in rows]
+        return {"pixel_values": torch.stack(pixels), "labels": torch.tensor([row["label"] for row in rows])}
+
+    assert (
+        len(serpette.score(tiny("vit"), data, "dlc", data_collator=collate, progress=False).values["dlc"])
+        == 9
+    )
+    x, y = torch.randn(9, 4), torch.arange(9) % 3
+    rows = TensorDataset(x, y)
+
+    def pairs_collate(items):
+        return torch.stack([x for x, _ in items]), torch.tensor([int(y) for _, y in items])
+
+    a = serpette.score(mlp_ := mlp(), rows, "dlc", data_collator=pairs_collate, progress=False).values["dlc"]
+    torch.testing.assert_close(a, serpette.score(mlp_, rows, "dlc", progress=False).values["dlc"])
+
+
+def test_a_table_of_numbers():
+    table = {f"column{i}": np.random.default_rng(i).normal(size=12).tolist() for i in range(4)}
+    scores = serpette.score(
+        mlp(), datasets.Dataset.from_dict({**table, "label": [0, 1, 2] * 4}), "dlc", progress=False
+    )
+    assert len(scores.values["dlc"]) == 12
+
+
+def test_weights_in_bfloat16():
+    model = mlp()
+    full = serpette.score(model, pairs(), "dlc", progress=False)
+    half = serpette.score(model.bfloat16(), pairs(), "dlc", progress=False)
+    assert half.values["dlc"].shape == full.values["dlc"].shape
+
+
+def test_a_head_wider_than_the_data():
+    scores = serpette.score(mlp(1000), pairs(30, 2), ["dlc", "ssp", "entropy"], progress=False)
+    assert scores.signals.num_classes == 2 and scores.values["ssp"].max() > 0
+
+
+@pytest.mark.parametrize("what", ["digits", datasets.DatasetDict()])
+def test_a_name_is_not_a_data_set(what):
+    with pytest.raises(ValueError, match=r"one split with its rows.*open_dataset"):
+        Examples(what)
 
 
 def test_many_faces_give_the_same_scores():

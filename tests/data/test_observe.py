@@ -115,6 +115,14 @@ def test_the_path_stops_when_the_ranking_stands_still(images, vit):
     assert [k for k, _ in result.curves["dlc"]] == [2, 3, 4]
 
 
+def test_scorers_that_share_a_path_do_not_depend_on_each_other(vit):
+    for seed in range(3):
+        data = datasets.Dataset.from_dict(image_rows(seed=seed)).with_format("torch")
+        alone = scores(vit, data, ("dlc",))
+        assert_same(alone, {"dlc": scores(vit, data, ("learning_confidence", "dlc"))["dlc"]}, 0)
+        assert_same(alone, {"dlc": scores(vit, data, ("dlc", "learning_confidence"))["dlc"]}, 0)
+
+
 def test_the_model_is_left_as_it_was(images, vit):
     vit.train()
     vit.dropout_probe = torch.nn.Dropout().eval()
@@ -240,6 +248,14 @@ def test_a_folder_of_another_run_is_refused(images, vit, tmp_path):
         scores(vit, images.select(range(30)), ("dlc",), out=tmp_path)
 
 
+def test_other_inputs_under_the_same_ids_are_refused(tmp_path, vit):
+    x, y = torch.randn(12, 3, 32, 32), torch.arange(12) % 3
+    first, other = (torch.utils.data.TensorDataset(v, y) for v in (x, x + 1))
+    serpette.score(vit, first, "dlc", out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match=r"differs in: data"):
+        serpette.score(vit, other, "dlc", out=tmp_path, progress=False)
+
+
 def test_a_damaged_chunk_is_named(images, vit, tmp_path):
     scores(vit, images, ("dlc",), out=tmp_path)
     chunk = next((tmp_path / "observed").glob("*.safetensors"))
@@ -295,5 +311,10 @@ def test_an_image_that_does_not_decode_is_set_aside(tmp_path, vit):
     pruner = serpette.DataPruner(keep=0.5, select=serpette.selectors.FlexRand(gamma=0.5), progress=False)
     pruner.fit(vit, data, processing_class=processor)
     assert len(pruner.indices_) == 6 and name not in pruner.ids_ and int(pruner.scores_.isnan().sum()) == 1
+    plain = data.with_transform(
+        lambda rows: {"x": [np.asarray(i) for i in rows["image"]], "label": rows["label"]}
+    )
+    with pytest.raises(ValueError, match=r"does not decode"):  # the user's own transform decodes
+        serpette.score(vit, plain, "dlc", progress=False, on_bad="raise")
     with pytest.raises(ValueError, match=r"4\.png.*set_aside"):
         serpette.score(vit, data, "dlc", processing_class=processor, progress=False, on_bad="raise")

@@ -88,6 +88,37 @@ def test_the_subset_does_not_depend_on_the_order_of_the_rows(model):
         assert sorted(b.transform(shuffled)["id"]) == sorted(a.ids_)
 
 
+def test_transform_goes_by_id(model):
+    x, y = blobs().tensors
+    table = datasets.Dataset.from_dict(
+        {"id": [f"r{i:03d}" for i in range(120)], "x": x.tolist(), "label": y.tolist()}
+    )
+    pruner = DataPruner(keep=0.2, progress=False).fit(model, table)
+    assert sorted(pruner.transform(table.shuffle(seed=1))["id"]) == sorted(pruner.ids_)
+    with pytest.raises(ValueError, match="lacks the example with id"):
+        pruner.transform(table.remove_columns("id").add_column("id", [f"q{i}" for i in range(120)]))
+
+
+def test_gamma_from_disk_is_gamma_in_process(model, tmp_path):
+    for seed in range(4):
+        scores = serpette.score(model, blobs(seed=seed), "dlc", out=tmp_path / str(seed), progress=False)
+        here = serpette.select(scores, "flex_rand", 0.2)
+        there = serpette.select(Scores.load(tmp_path / str(seed)), "flex_rand", 0.2)
+        assert here.searched == there.searched and torch.equal(here.rows, there.rows)
+
+
+def test_the_probe_of_a_regression_stands_outliers(regressor):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 4, generator=g) ** 5
+    y = 1000 + 50 * torch.randn(400, generator=g)
+    scores = serpette.score(
+        regressor, TensorDataset(x, y), ["el2n", "optimisation_complexity"], progress=False
+    )
+    residual = scores.signals.logits[:, 0] - y
+    assert residual.var() < 1.2 * y.var(), "no worse than the mean, whatever the features"
+    assert torch.isfinite(scores.values["el2n"]).all()
+
+
 def test_objects_made_with_their_options(model):
     pruner = DataPruner(
         serpette.scorers.DLC(variant="official", points=[0, 0.3]),
@@ -155,6 +186,7 @@ def test_a_class_with_one_example(model):
         ({"on_bad": "skip"}, "set_aside"),
         ({"scorer": "forgetting", "proxy": "model"}, "history.*proxy='probe'"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"batchsize": 3}, "did you mean 'batch_size'"),
     ],
 )
 def test_bad_options(model, options, message):
@@ -166,7 +198,7 @@ def test_transform_before_fit_and_of_another_data_set(model):
     pruner = DataPruner(progress=False)
     with pytest.raises(ValueError, match="not fitted"):
         pruner.transform(blobs())
-    with pytest.raises(ValueError, match="120"):
+    with pytest.raises(ValueError, match="60 rows.*120"):
         pruner.fit(model, blobs()).transform(blobs(60))
 
 

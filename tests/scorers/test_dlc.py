@@ -137,7 +137,7 @@ def test_bad_options_are_named(options):
 def test_paths():
     assert LOW_DISCREPANCY[:5] == (0, Fraction(1, 2), Fraction(1, 4), Fraction(3, 4), Fraction(1, 8))
     official = DLC(variant="official").path
-    assert len(official.points) == 51 and official.scope == "global" and not official.adaptive
+    assert len(official.points) == 50 and official.scope == "global" and not official.adaptive
     assert float(1 - official.points[25]) == pytest.approx(0.604, abs=1e-3)
     assert DLC().path == LearningConfidence().path, "equal specs share one observation"
     assert not DLC(points=[0, 0.1]).path.adaptive

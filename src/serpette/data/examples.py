@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -54,6 +54,12 @@ class Examples:
         id_column: str | None = None,
         max_length: int = 128,
     ):
+        if isinstance(dataset, (str, Mapping)):
+            what = repr(dataset) if isinstance(dataset, str) else f"a {type(dataset).__name__}"
+            raise ValueError(
+                f"dataset={what} must be one split with its rows; "
+                "open it with serpette.data.sources.open_dataset(source, split)"
+            )
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise ValueError(
                 f"dataset={type(dataset).__name__} must have a length and be indexable; "
@@ -69,6 +75,12 @@ class Examples:
             raise ValueError(
                 f"label_column={label_column!r} is not a column; columns: {', '.join(self.columns)}"
             )
+        self.accepted: set[str] | None = None  # names of the model's inputs; `observe` sets it
+        self.image_columns = {
+            name
+            for name, feature in (dataset.features.items() if self.columns else ())
+            if isinstance(feature, datasets.Image)
+        }
         self.ids = self._read_ids(id_column)
         self._rows = self._encoded_images(dataset)
 
@@ -98,9 +110,8 @@ class Examples:
     def _encoded_images(self, dataset: Any) -> Any:
         """Images left encoded, so that one that does not decode can be named."""
         if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
-            for column, feature in dataset.features.items():
-                if isinstance(feature, datasets.Image):
-                    dataset = dataset.cast_column(column, datasets.Image(decode=False))
+            for column in self.image_columns:
+                dataset = dataset.cast_column(column, datasets.Image(decode=False))
         return dataset
 
     @property
@@ -143,7 +154,7 @@ class Examples:
         good, items, labels, bad = [], [], [], {}
         for row in map(int, rows):
             try:
-                item, label = self._decode(self._rows[row])
+                item, label = self._decode(self._row(row))
             except BadExample as error:
                 bad[str(self.ids[row])] = str(error)
                 continue
@@ -163,32 +174,63 @@ class Examples:
                 )
         return good, inputs, labels, bad
 
+    def _row(self, row: int) -> Any:
+        from PIL import Image
+
+        try:
+            return self._rows[row]
+        except (
+            OSError,
+            SyntaxError,
+            Image.DecompressionBombError,
+        ) as error:  # raised by the user's transform
+            raise BadExample(f"the image does not decode: {error}") from error
+
     def _decode(self, item: Any) -> tuple[Any, Any]:
-        """(what the collator takes, label)."""
+        """(what `_collate` takes, label)."""
         if isinstance(item, (tuple, list)):
             if len(item) != 2:
                 raise ValueError(f"a torch Dataset must give (x, y) pairs or dicts, got {len(item)} values")
-            return item[0], item[1]
+            if self.data_collator is not None:
+                return item, item[1]
+            x = item[0]
+            return (self._process_image(x) if is_image(x) else x), item[1]
         if not isinstance(item, dict):
             raise ValueError(f"a row must be a dict or an (x, y) pair, got {type(item).__name__}")
-        label = item.get(self.label_column or _first(LABEL_COLUMNS, list(item)) or "")
+        label_column = self.label_column or _first(LABEL_COLUMNS, list(item)) or ""
+        label = item.get(label_column)
         if any(key in item for key in READY):
-            return item, label
-        for value in item.values():
-            if _is_image(value):
-                return self._process_image(value), label
+            return self._unused_removed(item), label
+        images = [name for name, value in item.items() if name in self.image_columns or is_image(value)]
+        if self.data_collator is not None:
+            return {**item, **{name: decode_image(item[name]) for name in images}}, label
+        if images:
+            return self._process_image(item[images[0]]), label
         text = item.get(_first(TEXT_COLUMNS, list(item)) or "")
         if isinstance(text, str):
             if self.processing_class is None:
                 raise ValueError("the rows hold text: give processing_class=, the model's tokenizer")
             return text, label
-        for name, value in item.items():  # a vector of numbers
-            if name != self.label_column and not isinstance(value, (str, bytes)) and np.ndim(value) > 0:
-                return torch.as_tensor(np.asarray(value), dtype=torch.float32), label
+        inputs = {name: value for name, value in item.items() if name not in (label_column, ID_COLUMN)}
+        numbers = [
+            value for value in inputs.values() if not isinstance(value, (str, bytes, type(None), dict))
+        ]
+        vectors = [value for value in numbers if np.ndim(value) > 0]
+        if vectors:
+            return torch.tensor(np.asarray(vectors[0]), dtype=torch.float32), label
+        if numbers and len(numbers) == len(inputs):  # a table: every column but id and label is a feature
+            return torch.tensor([float(value) for value in numbers]), label
         raise ValueError(
             f"no input found in a row with columns {', '.join(item)}: expected one of {', '.join(READY)}, an "
-            f"image, a text ({', '.join(TEXT_COLUMNS)}) or a vector of numbers; rename the column"
+            f"image, a text ({', '.join(TEXT_COLUMNS)}), a vector, or numbers in every column; "
+            "rename or remove columns"
         )
+
+    def _unused_removed(self, item: dict) -> dict:
+        """Without the columns that the model does not take, as the Trainer does it."""
+        if self.accepted is None:
+            return {k: v for k, v in item.items() if not isinstance(v, str)}
+        return {k: v for k, v in item.items() if k in self.accepted or k in ("label", "labels", "label_ids")}
 
     def _process_image(self, value: Any) -> Any:
         if self.processing_class is None:
@@ -199,22 +241,33 @@ class Examples:
         first = items[0]
         if self.data_collator is not None:
             batch = self.data_collator(items)
+            if isinstance(batch, (tuple, list)):
+                batch = {"x": batch[0]}
         elif isinstance(first, str):
             batch = self.processing_class(
                 items, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
             )
         elif isinstance(first, dict):
-            from transformers import default_data_collator
-
-            keep = set(first) - {ID_COLUMN, "labels", "label"}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                batch = default_data_collator([{k: item[k] for k in keep} for item in items])
+            batch = self._collate_ready([{k: v for k, v in i.items() if "label" not in k} for i in items])
         else:
             stacked = torch.stack([torch.as_tensor(item) for item in items])
             is_image = self.processing_class is not None and stacked.ndim == 4
             batch = {"pixel_values" if is_image else "x": stacked}
-        return {k: v for k, v in dict(batch).items() if torch.is_tensor(v) and k not in ("labels", "label")}
+        names = self.accepted
+        return {
+            k: v
+            for k, v in dict(batch).items()
+            if torch.is_tensor(v) and "label" not in k and (names is None or k == "x" or k in names)
+        }
+
+    def _collate_ready(self, items: list[dict]) -> Any:
+        from transformers import default_data_collator
+
+        if "input_ids" in items[0] and hasattr(self.processing_class, "pad"):
+            return self.processing_class.pad(items, padding=True, return_tensors="pt")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return default_data_collator(items)
 
 
 def decode_image(value: Any) -> Any:
@@ -225,6 +278,8 @@ def decode_image(value: Any) -> Any:
     """
     from PIL import Image, UnidentifiedImageError
 
+    if value is None:
+        raise BadExample("the image is missing")
     try:
         if isinstance(value, dict):
             source = io.BytesIO(value["bytes"]) if value.get("bytes") else value.get("path")
@@ -262,12 +317,12 @@ def check_labels(raw: Iterable, ids: Iterable, num_classes: int, task: Task) -> 
             )
         if not isinstance(label, (int, float)):
             raise ValueError(f"{where} must be a single number, got {type(label).__name__}")
-        if task == "regression":
-            if math.isinf(label):
-                raise ValueError(f"{where} must be finite")
-        elif label != int(label):
+        if math.isinf(label):
+            raise ValueError(f"{where} must be finite")
+        classes = task == "classification"
+        if classes and label != int(label):
             raise ValueError(f"{where} must be a class index; for a regression say task='regression'")
-        elif label < 0 or (num_classes and label >= num_classes):
+        if classes and (label < 0 or (num_classes and label >= num_classes)):
             limit = f"in 0..{num_classes - 1}" if num_classes else "at least 0"
             raise ValueError(
                 f"{where} must be {limit}; load the model with as many classes as the data "
@@ -281,7 +336,8 @@ def _first(names: Sequence[str], available: Sequence[str]) -> str | None:
     return next((name for name in names if name in available), None)
 
 
-def _is_image(value: Any) -> bool:
+def is_image(value: Any) -> bool:
+    """A PIL image, or the encoded image of a datasets row."""
     if isinstance(value, dict):
         return set(value) == {"bytes", "path"}
     return type(value).__module__.startswith("PIL.")

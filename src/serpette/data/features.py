@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,8 @@ class Reader:
         self.model, self.features = model, features
         self.head = find_head(model)
         self.device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+        self.dtype = next(floating, torch.float32)
         self._tapped: Tensor | None = None
         self.is_transformers = hasattr(model, "config") and hasattr(model, "base_model_prefix")
         self.tap = self.head
@@ -58,12 +61,12 @@ class Reader:
         return self.head.out_features if self.head is not None else 0
 
     def __call__(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-        inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        inputs = {name: self._fitting(value) for name, value in inputs.items()}
         if callable(self.features):
             return self.features(self.model, inputs).float().cpu(), None
         handle = self.tap.register_forward_pre_hook(self._record) if self.tap is not None else None
         try:
-            output = self.model(inputs["x"]) if set(inputs) == {"x"} else self.model(**inputs)
+            output = call(self.model, inputs)
         finally:
             if handle is not None:
                 handle.remove()
@@ -79,8 +82,28 @@ class Reader:
         logits = logits.float().cpu() if self.head is not None and torch.is_tensor(logits) else None
         return pooled.flatten(1).float().cpu(), logits
 
+    def _fitting(self, value: Tensor) -> Tensor:
+        value = value.to(self.device)
+        return value.to(self.dtype) if value.is_floating_point() else value
+
     def _record(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._tapped = args[0].detach()
+
+
+def call(model: nn.Module, inputs: dict[str, Tensor]) -> Any:
+    """`model` on `inputs`; a single tensor goes in by position, whatever a plain module calls it."""
+    if set(inputs) == {"x"} or (len(inputs) == 1 and not hasattr(model, "config")):
+        return model(*inputs.values())
+    return model(**inputs)
+
+
+def accepted_names(model: nn.Module) -> set[str] | None:
+    """The inputs that `model.forward` names, as the Trainer reads them; None for a module that names none."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    if not hasattr(inner, "config"):
+        return None
+    parameters = inspect.signature(inner.forward).parameters.values()
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
 
 
 def _pooled_output(output: Any, is_text: bool) -> Tensor:

@@ -7,11 +7,13 @@ torchrun or accelerate the chunks are shared out among the processes.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,10 @@ from torch import Tensor, nn
 
 from ..evaluate import class_averaged_spearman, spearman
 from ..masking import MaskedPath
+from ..scorers.dlc import DLC
 from ..types import PathFeatures, PathSpec, Signals, Task, uniform_of
 from .examples import Examples, check_labels
-from .features import Features, Reader
+from .features import Features, Reader, accepted_names
 from .store import ChunkStore
 
 PILOT = 1024  # examples on which an adaptive path decides where to stop; they are decoded once, too
@@ -60,7 +63,7 @@ def infer_task(model: nn.Module, reader: Reader) -> Task:
 
 def observe(
     model: nn.Module,
-    examples: Examples,
+    examples: Any,
     scorers: Sequence[Any] = (),
     *,
     task: Task | None = None,
@@ -78,12 +81,13 @@ def observe(
 
     Args:
         model: its mode and its weights are as before on the way out.
+        examples: an `Examples`, or the data set of one.
         task: found from the model by default.
         features: see `serpette.data.features.Reader`.
         batch_size: examples a forward pass; changes no score beyond rounding.
         chunk_size: decoded examples held at a time. Masks are put in place once a chunk, so larger is
             faster; 512 images of 224 px hold 0.3 GiB.
-        folder: where the chunks are kept; None = in memory.
+        folder: where the chunks are kept, shared by all processes; None = in memory.
         on_bad: `"set_aside"` lists an image that does not decode and goes on, `"raise"` stops there.
         precision: autocast to e.g. `torch.bfloat16`.
 
@@ -92,46 +96,53 @@ def observe(
     """
     reader = Reader(model, features)
     task = task or infer_task(model, reader)
+    if not isinstance(examples, Examples):
+        examples = Examples(examples)
+    examples.accepted = accepted_names(model)
     raw = examples.labels()
     names = examples.class_names
-    num_classes = 0 if task == "regression" else reader.num_classes or len(names or [])
+    outputs = 0 if task == "regression" else reader.num_classes
     if raw is not None:
-        labels = check_labels(raw, examples.ids, num_classes, task)
-        if task == "classification" and not num_classes:
-            num_classes = int(labels.max()) + 1
-    if names and num_classes and len(names) > num_classes:
+        check_labels(raw, examples.ids, outputs, task)
+    if names and outputs and len(names) > outputs:
         raise ValueError(
-            f"the model has {num_classes} classes, the data set {len(names)}; "
+            f"the model has {outputs} classes, the data set {len(names)}; "
             f"load it with num_labels={len(names)}"
         )
-    if task == "classification" and not num_classes:
-        raise ValueError(
-            "the number of classes is not known: give a model with a head, or data with a label column"
-        )
 
-    by_path: dict[PathSpec, Any] = {}
-    for scorer in scorers:
-        if hasattr(scorer, "path"):
-            by_path.setdefault(scorer.path, scorer)
+    by_path = list(dict.fromkeys(scorer.path for scorer in scorers if hasattr(scorer, "path")))
     masked = {spec: MaskedPath(model, spec, reader.head) for spec in by_path}
     plan = _plan(examples, batch_size, chunk_size, pilot=any(spec.adaptive for spec in by_path))
-    store = ChunkStore(
-        folder, _fingerprint(model, examples, raw, by_path, features, batch_size, chunk_size, precision)
-    )
-    work = _Work(reader, examples, store, plan, task, num_classes, on_bad, precision, num_workers)
+    fingerprint = {}
+    if folder is not None:
+        fingerprint = {
+            "format": 1,
+            "model": _of_model(model),
+            "data": _of_data(examples, raw),
+            "task": task,
+            "paths": [repr(spec) for spec in by_path],
+            "features": getattr(features, "__qualname__", features),
+            "batch_size": batch_size,
+            "chunk_size": chunk_size,
+            "precision": str(precision),
+        }
+    store = ChunkStore(folder, fingerprint)
+    work = _Work(reader, examples, store, plan, task, outputs, on_bad, precision, num_workers)
 
     rank, world = _processes()
+    lengths: dict[PathSpec, tuple[int, list]] = {}
     with evaluating(model), _progress(len(plan), "observing", progress and rank == 0) as advance:
-        lengths = work.pilot(by_path, masked, seed) if rank == 0 else {}
+        with _together(world):
+            lengths = work.pilot(by_path, masked, seed) if rank == 0 else {}
         lengths = _broadcast(lengths, world)
-        for number in range(len(plan)):
-            if not store.has(number) and number % world == rank:
-                work.chunk(number, masked, lengths)
-            advance()
-    if world > 1:
-        torch.distributed.barrier()
+        lengths = {spec: lengths[spec] for spec in by_path}  # the order is that of the stored features
+        with _together(world):
+            for number in range(len(plan)):
+                if not store.has(number) and number % world == rank:
+                    work.chunk(number, masked, lengths)
+                advance()
     store.exchange(range(len(plan)), world)
-    return _gather(store, len(plan), examples, by_path, lengths, num_classes, seed)
+    return _gather(store, len(plan), examples, lengths, task, seed)
 
 
 @dataclass
@@ -141,7 +152,7 @@ class _Work:
     store: ChunkStore
     plan: list[list[list[int]]]  # chunk -> batch -> rows
     task: Task
-    num_classes: int
+    outputs: int  # of the head: every label is below it; 0 = not known
     on_bad: str
     precision: torch.dtype | None
     num_workers: int
@@ -171,7 +182,7 @@ class _Work:
         logits = None if outputs[0][1] is None else torch.cat([z for _, z in outputs if z is not None])
         return torch.cat([h for h, _ in outputs]), logits
 
-    def pilot(self, by_path: dict, masked: dict, seed: int) -> dict[PathSpec, tuple[int, list]]:
+    def pilot(self, by_path: list, masked: dict, seed: int) -> dict[PathSpec, tuple[int, list]]:
         """{path: (number of points, curve)}; grows the adaptive ones on the first chunk, and stores it."""
         fixed = {s: (len(s.points), []) for s in by_path if not s.adaptive}
         adaptive = [s for s in by_path if s.adaptive]
@@ -181,13 +192,16 @@ class _Work:
             meta = self.store.read(0, ())[1]
             return fixed | {s: (meta["points"][i], meta["curves"][i]) for i, s in enumerate(adaptive)}
         tensors, meta, batches = self.unmasked(0)
-        ids = self.examples.ids[tensors["rows"].numpy()]
-        signals = Signals(ids, tensors["labels"], self.num_classes, seed=seed)
+        ids, labels = self.examples.ids[tensors["rows"].numpy()], tensors["labels"]
+        if not len(ids):
+            name, reason = next(iter(meta["set_aside"].items()))
+            raise ValueError(f"none of the first examples could be read; {name!r}: {reason}")
+        signals = Signals(ids, labels, _count_classes(self.examples, labels, self.task), seed=seed)
         grown = {}
         start = time.perf_counter()
         for spec in adaptive:
             grown[spec], stack = _grow(
-                by_path[spec],
+                spec,
                 signals,
                 tensors["embeddings"],
                 lambda p, spec=spec: self.masked_features(batches, masked[spec], p),
@@ -210,7 +224,7 @@ class _Work:
         raw = [label for batch in batches for label in batch[2]]
         tensors = {
             "rows": torch.tensor(rows, dtype=torch.int64),
-            "labels": check_labels(raw, self.examples.ids[rows], self.num_classes, self.task),
+            "labels": check_labels(raw, self.examples.ids[rows], self.outputs, self.task),
             "embeddings": embeddings,
         }
         if logits is not None:
@@ -232,16 +246,20 @@ class _Work:
         tensors, meta, batches = self.unmasked(number)
         start = time.perf_counter()
         for spec, path in masked.items():
-            tensors[_key(spec, masked)] = self.along(batches, path, lengths[spec][0])
+            tensors[_key(spec, list(masked))] = self.along(batches, path, lengths[spec][0])
         meta["seconds"]["path"] = time.perf_counter() - start
         self.store.write(number, tensors, meta)
 
 
 def _grow(
-    scorer: Any, signals: Signals, unmasked: Tensor, features_at: Callable[[int], Tensor]
+    spec: PathSpec, signals: Signals, unmasked: Tensor, features_at: Callable[[int], Tensor]
 ) -> tuple[tuple[int, list[tuple[int, float]]], Tensor]:
-    """((points, curve), features (P, n, D)): adds points until the ranking by the mean loss stands still."""
-    spec: PathSpec = scorer.path
+    """((points, curve), features (P, n, D)): adds points until the ranking by the mean loss stands still.
+
+    The loss is DLC's with its defaults, whichever scorers share the path: none depends on the others.
+    """
+    judge = DLC()
+    judge.path = spec
     stack, curve = [unmasked], []
     previous = None
     for k in range(1, len(spec.points) + 1):
@@ -249,7 +267,7 @@ def _grow(
             stack.append(features_at(k - 1))
         path = PathFeatures(spec.points[:k], [(torch.arange(len(unmasked)), torch.stack(stack))])
         signals.paths = {spec: path}
-        mean = scorer.along_path(signals).mean(0)
+        mean = judge.along_path(signals).mean(0)
         if previous is not None:
             if signals.task == "classification":
                 agreement = class_averaged_spearman(mean, previous, signals.labels)
@@ -283,9 +301,8 @@ def _gather(
     store: ChunkStore,
     chunks: int,
     examples: Examples,
-    by_path: dict,
-    lengths: dict,
-    num_classes: int,
+    lengths: dict[PathSpec, tuple[int, list]],
+    task: Task,
     seed: int,
 ) -> Observation:
     set_aside: dict[str, str] = {}
@@ -293,7 +310,7 @@ def _gather(
     found = []
     for number in range(chunks):
         tensors, meta = store.read(number, ("rows",))
-        found.append(tensors["rows"])
+        found.append(tensors["rows"].clone())  # a view would keep the whole chunk mapped
         set_aside |= meta["set_aside"]
         for part, value in meta["seconds"].items():
             seconds[part] += value
@@ -315,7 +332,27 @@ def _gather(
                 whole[position[tensors["rows"]]] = tensors[name]
         return whole
 
-    def path_chunks(key: str, points: int) -> Iterator[tuple[Tensor, Tensor]]:
+    labels = joined("labels")
+    assert labels is not None, "every chunk holds its labels"
+    signals = Signals(
+        ids=examples.ids[rows.numpy()],
+        labels=labels,
+        num_classes=_count_classes(examples, labels, task),
+        embeddings=joined("embeddings"),
+        logits=joined("logits"),
+        paths=_stored_paths(store, chunks, lengths, position),
+        seed=seed,
+    )
+    passes = 1 + sum(points - 1 for points, _ in lengths.values())
+    return Observation(signals, rows, set_aside, seconds, passes)
+
+
+def _stored_paths(
+    store: ChunkStore, chunks: int, lengths: dict[PathSpec, tuple[int, list]], position: Tensor
+) -> dict[PathSpec, PathFeatures]:
+    """The paths of `lengths`, in the order in which they were observed, read from the store when asked."""
+
+    def read(key: str, points: int) -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(chunks):
             tensors, _ = store.read(number, ("rows", "embeddings", key))
             if len(tensors["rows"]):
@@ -323,26 +360,38 @@ def _gather(
                 features = torch.cat([unmasked, tensors[key]]) if points > 1 else unmasked
                 yield position[tensors["rows"]], features
 
-    paths = {}
-    for spec in by_path:
-        points, curve = lengths[spec]
-        key = _key(spec, by_path)
-        paths[spec] = PathFeatures(spec.points[:points], lambda key=key, n=points: path_chunks(key, n), curve)
-    signals = Signals(
-        ids=examples.ids[rows.numpy()],
-        labels=joined("labels"),
-        num_classes=num_classes,
-        embeddings=joined("embeddings"),
-        logits=joined("logits"),
-        paths=paths,
-        seed=seed,
-    )
-    passes = 1 + sum(points - 1 for points, _ in lengths.values())
-    return Observation(signals, rows, set_aside, seconds, passes)
+    return {
+        spec: PathFeatures(spec.points[:points], partial(read, _key(spec, list(lengths)), points), curve)
+        for spec, (points, curve) in lengths.items()
+    }
 
 
-def _key(spec: PathSpec, specs: dict) -> str:
-    return f"path:{list(specs).index(spec)}"
+def reopened_paths(folder: Path, specs: Sequence[PathSpec], rows: Tensor) -> dict[PathSpec, PathFeatures]:
+    """Those of `specs` whose features an earlier `observe` left in `folder`; `rows` (N,) of its examples."""
+    if not (folder / "manifest.json").exists():
+        return {}
+    observed = json.loads((folder / "manifest.json").read_text())["paths"]
+    by_name = {repr(spec): spec for spec in specs}
+    if any(name not in by_name for name in observed):
+        return {}
+    store = ChunkStore(folder)
+    meta = store.read(0, ())[1]
+    ends = iter(zip(meta.get("points", []), meta.get("curves", []), strict=True))
+    lengths = {
+        by_name[n]: next(ends) if by_name[n].adaptive else (len(by_name[n].points), []) for n in observed
+    }
+    position = torch.full((int(rows.max()) + 1,), -1)
+    position[rows] = torch.arange(len(rows))
+    return _stored_paths(store, len(list(folder.glob("*[0-9].safetensors"))), lengths, position)
+
+
+def _key(spec: PathSpec, specs: list) -> str:
+    return f"path:{specs.index(spec)}"
+
+
+def _count_classes(examples: Examples, labels: Tensor, task: Task) -> int:
+    """C of the data, which the head of a pre-trained model may exceed; 0 in a regression."""
+    return 0 if task == "regression" else len(examples.class_names or []) or int(labels.max()) + 1
 
 
 @contextmanager
@@ -383,6 +432,24 @@ def _processes() -> tuple[int, int]:
     return state.process_index, state.num_processes
 
 
+@contextmanager
+def _together(world: int) -> Iterator[None]:
+    """An error in one process ends all of them, with its message, where the others would wait for ever."""
+    failure = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    messages: list[str | None] = [None] * world
+    if world > 1:
+        torch.distributed.all_gather_object(messages, None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise RuntimeError(f"process {rank} failed: {message}")
+
+
 def _broadcast(value: Any, world: int) -> Any:
     if world == 1:
         return value
@@ -391,31 +458,23 @@ def _broadcast(value: Any, world: int) -> Any:
     return box[0]
 
 
-def _fingerprint(
-    model: nn.Module,
-    examples: Examples,
-    raw: Sequence | None,
-    by_path: dict,
-    features: Features,
-    batch_size: int,
-    chunk_size: int,
-    precision: torch.dtype | None,
-) -> dict[str, Any]:
-    """What determines the chunks. Of large weights a strided sample is enough to tell two models apart."""
+def _of_model(model: nn.Module) -> str:
+    """Of large weights a strided sample is enough to tell two models apart."""
     weights = blake2b(digest_size=16)
     for name, parameter in model.state_dict().items():
         flat = parameter.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 4096)].to("cpu", torch.float32)
         weights.update(name.encode() + sample.numpy().tobytes())
+    return f"{type(model).__name__} {weights.hexdigest()}"
+
+
+def _of_data(examples: Examples, raw: Sequence | None) -> str:
+    """Ids, labels, and what the model would see of three examples: other inputs or processing change it."""
     data = blake2b("\0".join(examples.ids.tolist()).encode(), digest_size=16)
     data.update(repr(raw).encode())
-    return {
-        "format": 1,
-        "model": f"{type(model).__name__} {weights.hexdigest()}",
-        "data": f"{len(examples)} examples {data.hexdigest()}",
-        "paths": [repr(spec) for spec in by_path],
-        "features": features if isinstance(features, str) else repr(features is not None),
-        "batch_size": batch_size,
-        "chunk_size": chunk_size,
-        "precision": str(precision),
-    }
+    for row in sorted({0, len(examples) // 2, len(examples) - 1}):
+        _, inputs, labels, _ = examples.read([row])
+        data.update(repr(labels).encode())
+        for name, value in sorted(inputs.items()):
+            data.update(name.encode() + value.contiguous().to(torch.float32).numpy().tobytes())
+    return f"{len(examples)} examples {data.hexdigest()}"

@@ -19,7 +19,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from ..tuning import train, trainable
 from ..types import Signals
 from .examples import Examples
-from .features import find_head
+from .features import call, find_head
 
 TRAINING_SIGNALS = frozenset({"logits", "early_logits", "history"})
 
@@ -32,7 +32,8 @@ class Probe:
         epochs: T visits to each example; 10 is where a head on features has settled.
         early: epochs before `early_logits` are taken (EL2N and GraNd are early-training scores).
         seeds: S heads for `early_logits`; the papers average 10, DLC's comparison 3.
-        learning_rate, batch_size: of SGD with momentum 0.9; stable below 3.8 for any data.
+        learning_rate, batch_size: of SGD with momentum 0.9. In a regression the targets are standardised and
+            the step is a tenth, since the squared error curves more and has no bound.
     """
 
     epochs: int = 10
@@ -51,16 +52,21 @@ class Probe:
         z_ND = embeddings[order].double()
         std_D = z_ND.std(0, correction=0)
         z_ND = (z_ND - z_ND.mean(0)) / torch.where(std_D > 1e-12, std_D, torch.ones_like(std_D))
-        z_ND = (z_ND / z_ND.shape[1] ** 0.5).float()  # unit mean square norm: one learning rate fits every D
-        y_N = labels[order]
+        z_ND = z_ND / z_ND.shape[1] ** 0.5  # unit mean square norm: one learning rate fits every D
+        y_N, mean, scale = labels[order], 0.0, 1.0
+        if not signals.num_classes:  # one outlier must not throw the squared error off
+            z_ND = z_ND / (z_ND.norm(dim=1, keepdim=True) / 2).clamp(min=1)
+            mean, scale = float(y_N.mean()), float(y_N.std(correction=0)) or 1.0
+            y_N = (y_N - mean) / scale
+        z_ND = z_ND.float()
         history, logits, early = None, None, []
         for seed in range(self.seeds):
             visits, after_early, final = self._fit(
                 z_ND, y_N, signals.num_classes, signals.seed * 1000 + seed, seed == 0
             )
-            early.append(after_early[back])
+            early.append(after_early[back] * scale + mean)
             if seed == 0:
-                history, logits = visits[:, back], final[back]
+                history, logits = visits[:, back] * scale + mean, final[back] * scale + mean
         return replace(signals, logits=logits, early_logits=torch.stack(early), history=history)
 
     def _fit(self, z_ND: Tensor, y_N: Tensor, num_classes: int, seed: int, whole: bool):
@@ -70,7 +76,8 @@ class Probe:
         head = nn.Linear(D, outputs)
         nn.init.zeros_(head.bias)
         nn.init.normal_(head.weight, std=0.01, generator=generator)
-        optimizer = torch.optim.SGD(head.parameters(), self.learning_rate, momentum=0.9)
+        step = self.learning_rate if num_classes else self.learning_rate / 10
+        optimizer = torch.optim.SGD(head.parameters(), step, momentum=0.9)
         epochs = self.epochs if whole else self.early
         visits = torch.empty(epochs, N, outputs)
         early = torch.empty(0)
@@ -105,11 +112,22 @@ class FineTune:
     lora_rank: int = 8
 
     def train(self, signals: Signals, model: nn.Module, examples: Examples, rows: Tensor) -> Signals:
-        """`signals` of the dataset's `rows`, with `logits`, `early_logits` and `history` of the run."""
+        """`signals` of the dataset's `rows`, with `logits`, `early_logits` and `history` of the run.
+
+        Raises:
+            ValueError: in more than one process, where each would see a part of the run.
+        """
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+            raise ValueError(
+                "proxy='finetune' runs in one process; score with it in one, or use proxy='probe' in several"
+            )
         model = copy.deepcopy(model)
         method = "lora" if self.lora_rank else "full"
         model = trainable(model, find_head(model), method, rank=self.lora_rank, alpha=2 * self.lora_rank)
-        history = record_history(model, examples, rows, signals, self)
+        order = torch.from_numpy(np.argsort(signals.ids, kind="stable"))  # the given order is no matter
+        history = record_history(model, examples, rows[order], signals.subset(order), self)[
+            :, order.argsort()
+        ]
         early = history[min(self.early, len(history) - 1)]
         return replace(signals, logits=history[-1], early_logits=early[None], history=history)
 
@@ -139,7 +157,7 @@ def record_history(
             self.tuned = model
 
         def forward(self, labels: Tensor, positions: Tensor, **inputs: Tensor) -> dict[str, Tensor]:
-            output = self.tuned(inputs["x"]) if set(inputs) == {"x"} else self.tuned(**inputs)
+            output = call(self.tuned, inputs)
             logits = output if torch.is_tensor(output) else output.logits
             seen = positions.cpu()
             history[visit[seen], seen] = logits.detach().float().cpu()

@@ -5,6 +5,7 @@ score -> Scores (on disk if you like) -> select -> a smaller data set
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import time
@@ -24,8 +25,8 @@ from ..types import PerClass, Scorer, Selector, Signals, Task
 from . import budget
 from . import selectors as selector_methods
 from .examples import Examples
-from .features import Features
-from .observe import Observation, infer_task, observe
+from .features import Features, Reader
+from .observe import Observation, infer_task, observe, reopened_paths
 from .proxy import TRAINING_SIGNALS, FineTune, Probe
 from .search import describe, search
 from .store import write_atomic, write_json
@@ -46,6 +47,9 @@ class Scores:
         cost: seconds by part, forward passes, peak_bytes.
         curves: {scorer: [(points, correlation with one point less)]} of an adaptive path.
         set_aside: {id: reason}.
+        methods: {scorer: the object}; those along a path score again for the search of an open
+            hyperparameter, without its validation split.
+        settings: what else the scores were made with.
     """
 
     signals: Signals
@@ -57,6 +61,7 @@ class Scores:
     curves: dict[str, list] = field(default_factory=dict)
     set_aside: dict[str, str] = field(default_factory=dict)
     methods: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
     def of(self, scorer: str | None) -> tuple[str, Tensor]:
         """(name, values) of `scorer`, or of the only one."""
@@ -95,6 +100,8 @@ class Scores:
                 "examples": self.total,
                 "num_classes": self.signals.num_classes,
                 "scorers": list(self.values),
+                "methods": {name: config_of(method) for name, method in self.methods.items()},
+                "settings": self.settings,
                 "curves": self.curves,
                 "cost": self.cost,
                 "set_aside": [{"id": i, "reason": reason} for i, reason in self.set_aside.items()],
@@ -130,8 +137,14 @@ class Scores:
             embeddings=tensors["embeddings"],
             seed=result["seed"],
         )
+        methods = {name: _made_again(config, name) for name, config in result.get("methods", {}).items()}
+        specs = [method.path for method in methods.values() if hasattr(method, "path")]
+        signals.paths = reopened_paths(folder / "observed", specs, tensors["rows"])
+        methods = {n: m for n, m in methods.items() if getattr(m, "path", None) in signals.paths}
         return cls(
             signals=signals,
+            methods=methods,
+            settings=result.get("settings", {}),
             values={name: torch.tensor(column[f"score:{name}"]) for name in result["scorers"]},
             rows=tensors["rows"],
             total=result["examples"],
@@ -139,6 +152,27 @@ class Scores:
             curves=result["curves"],
             set_aside={entry["id"]: entry["reason"] for entry in result["set_aside"]},
         )
+
+
+def config_of(method: Any) -> dict[str, Any]:
+    """`{"name": ..., option: value}` of a scorer or selector: the arguments it was made with."""
+    options = {
+        k: getattr(method, k) for k in inspect.signature(type(method)).parameters if hasattr(method, k)
+    }
+    return {"name": type(method).name} | {k: v for k, v in options.items() if _is_plain(v)}
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _made_again(config: dict[str, Any], name: str) -> Any:
+    options = {k: v for k, v in config.items() if k != "name"}
+    method = scorer_methods.registry.make(config["name"], **options)
+    method.name = name
+    return method
 
 
 def score(
@@ -157,6 +191,7 @@ def score(
     on_bad: str = "set_aside",
     label_column: str | None = None,
     id_column: str | None = None,
+    max_length: int = 128,
     precision: torch.dtype | None = None,
     num_workers: int = 0,
     progress: bool = True,
@@ -172,6 +207,7 @@ def score(
         proxy: where training signals come from, for the scorers that need them: `"probe"` a linear head on
             frozen features (default: costs seconds), `"finetune"` a run of the Trainer (what the papers do),
             `"model"` the model's own logits as it is, e.g. after tuning; or a `Probe` or `FineTune`.
+        max_length: tokens a text is cut to; 128 holds a few sentences.
         out: a folder for `scores.parquet`; written in pieces, and a killed run goes on from them.
 
     Raises:
@@ -199,9 +235,11 @@ def score(
         data_collator=data_collator,
         label_column=label_column,
         id_column=id_column,
+        max_length=max_length,
     )
-    with measure() as cost:
-        _check_task(methods, model, task, features)
+    _check_task(methods, model, task, features)
+    _check_proxy(methods, proxy)
+    with measure(next((p.device for p in model.parameters()), "cpu")) as cost:
         observation = observe(
             model,
             examples,
@@ -227,6 +265,14 @@ def score(
             total=len(examples),
             set_aside=observation.set_aside,
             methods=dict(zip(names, methods, strict=True)),
+            settings={
+                "model": getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__,
+                "proxy": proxy if isinstance(proxy, str) else repr(proxy),
+                "features": features if isinstance(features, (str, type(None))) else "a function",
+                "batch_size": batch_size,
+                "max_length": max_length,
+                "precision": str(precision or torch.float32),
+            },
         )
         for method in methods:
             start = time.perf_counter()
@@ -289,8 +335,10 @@ def select(
         method = scores.methods.get(name)
         known = dict(zip(signals.ids.tolist(), values.tolist(), strict=True))
 
-        def rescored(part: Signals) -> Tensor:  # without the validation split, where the method is at hand
-            return method(part) if method is not None else torch.tensor([known[i] for i in part.ids])
+        def rescored(part: Signals) -> Tensor:  # a path's prototypes must not hold the validation split
+            if method is not None and hasattr(method, "path"):
+                return method(part)
+            return torch.tensor([known[i] for i in part.ids])
 
         selector, table = search(selector, signals, rescored, keep, per_class, seed=seed)
     searched = time.perf_counter() - start
@@ -373,13 +421,17 @@ class DataPruner:
         self.scorer, self.select, self.keep = scorer, select, keep
         self.per_class: PerClass | None = per_class
         self.seed, self.batch_size, self.options = seed, batch_size, options
+        known = [k for k in inspect.signature(score).parameters if k not in ("model", "dataset", "scorers")]
+        for option in options:
+            if option not in known:
+                raise ValueError(f"DataPruner has no option {option!r}{near(option, known)}")
 
     def fit(
         self, model: nn.Module, dataset: Any, data_collator: Any = None, processing_class: Any = None
     ) -> DataPruner:
         """Scores `dataset` with `model` and selects; see `serpette.score` for what both may be."""
-        budget.count(1, self.keep)  # refuses a bad keep before any work
         selector_methods.registry.make(self.select)
+        self._check_budget(model, dataset)  # before any work
         scores = score(
             model,
             dataset,
@@ -400,13 +452,37 @@ class DataPruner:
         self.set_aside_ = scores.set_aside
         return self
 
+    def _check_budget(self, model: nn.Module, dataset: Any) -> None:
+        examples = Examples(dataset, label_column=self.options.get("label_column"))
+        k, raw = budget.count(len(examples), self.keep), examples.labels()
+        task = self.options.get("task") or infer_task(model, Reader(model, self.options.get("features")))
+        if task == "regression" and self.per_class:
+            raise ValueError(
+                f"per_class={self.per_class!r} needs classes, and this is a regression; give per_class=False"
+            )
+        if task == "classification" and self.per_class is not False and raw and all(map(_is_whole, raw)):
+            labels, generator = torch.tensor(raw), torch.Generator().manual_seed(0)
+            anything = selector_methods.registry.make("random")
+            budget.select(anything, torch.zeros(len(labels)), k, labels=labels, generator=generator)
+
     def transform(self, dataset: Any) -> Any:
-        """The rows of `indices_` of the data set that was fitted: `select` of it, or a torch `Subset`."""
+        """The examples of `ids_`: `select` of a `datasets.Dataset`, else a torch `Subset`.
+
+        Raises:
+            ValueError: not fitted, or `dataset` is not the one that was.
+        """
         if not hasattr(self, "indices_"):
             raise ValueError("DataPruner is not fitted; call fit(model, dataset) first")
         if len(dataset) != len(self.scores_):
             raise ValueError(f"dataset has {len(dataset)} rows, the fitted one had {len(self.scores_)}")
-        rows = self.indices_.tolist()
+        ids = Examples(dataset, id_column=self.options.get("id_column")).ids
+        row_of = {str(i): row for row, i in enumerate(ids)}
+        missing = [str(i) for i in self.ids_ if str(i) not in row_of]
+        if missing:
+            raise ValueError(
+                f"dataset lacks the example with id {missing[0]!r}; it is not the one that was fitted"
+            )
+        rows = sorted(row_of[str(i)] for i in self.ids_)
         return dataset.select(rows) if hasattr(dataset, "select") else torch.utils.data.Subset(dataset, rows)
 
     def fit_transform(
@@ -422,8 +498,6 @@ class DataPruner:
 
 
 def _check_task(methods: list, model: nn.Module, task: Task | None, features: Features) -> None:
-    from .features import Reader
-
     task = task or infer_task(model, Reader(model, features))
     for method in methods:
         if task not in method.tasks:
@@ -431,6 +505,19 @@ def _check_task(methods: list, model: nn.Module, task: Task | None, features: Fe
             raise ValueError(
                 f"scorer {method.name!r} has no meaning in a {task}; those that have: {', '.join(able)}"
             )
+
+
+def _is_whole(label: Any) -> bool:
+    return isinstance(label, int) and label >= 0
+
+
+def _check_proxy(methods: list, proxy: str | Probe | FineTune) -> None:
+    more = frozenset().union(*(m.needs for m in methods)) & (TRAINING_SIGNALS - {"logits"})
+    if proxy == "model" and more:
+        raise ValueError(
+            f"proxy='model' gives logits only, but {', '.join(sorted(more))} are needed; "
+            "use proxy='probe' or proxy='finetune'"
+        )
 
 
 def _training_signals(
@@ -442,14 +529,7 @@ def _training_signals(
     observation: Observation,
 ) -> Signals:
     needed = frozenset().union(*(m.needs for m in methods)) & TRAINING_SIGNALS
-    if proxy == "model":
-        if needed - {"logits"}:
-            raise ValueError(
-                f"proxy='model' gives logits only, but {', '.join(sorted(needed - {'logits'}))} are needed; "
-                "use proxy='probe' or proxy='finetune'"
-            )
-        return signals
-    if not needed:
+    if proxy == "model" or not needed:
         return signals
     if proxy == "finetune" or isinstance(proxy, FineTune):
         run = proxy if isinstance(proxy, FineTune) else FineTune()

@@ -200,7 +200,7 @@ def _read(file: Path) -> Dataset:
         rows = json.loads(text)
     else:
         rows = []
-        for number, line in enumerate(text.splitlines(), 1):
+        for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))
@@ -329,7 +329,11 @@ def _from_pretrained(
     except OSError as error:
         raise ValueError(f"model {where!r} cannot be loaded: {_one_line(error)}") from error
     _warn_of_missing(model, info, where)
-    return model.float().eval(), _processor(where, load)
+    processor = _processor(where, load)
+    padding = getattr(processor, "pad_token_id", None)
+    if padding is not None and getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = padding  # decoders that classify look for it
+    return model.float().eval(), processor
 
 
 def _warn_of_missing(model: Any, info: dict[str, Any], where: str) -> None:
@@ -394,6 +398,47 @@ def _processor(where: str, load: dict[str, Any]):
                 found.pad_token = found.eos_token
         return found
     return None
+
+
+def device_of(name: str) -> torch.device:
+    """`"auto"` is the first accelerator that torch sees, else the CPU.
+
+    Raises:
+        ValueError: a device that torch does not know or that is not here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name)
+        return torch.device(name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device={name!r} is not to be had here: {_one_line(error)}; use 'auto' or 'cpu'"
+        ) from None
+
+
+def encode_labels(dataset: Any, column: str, names: list[str] | None = None) -> Any:
+    """`dataset` with the strings of `column` as a ClassLabel; other columns and data sets as they are.
+
+    Args:
+        names: the classes, in order; default: those found, sorted. Give the training set's for a test set.
+
+    Raises:
+        ValueError: a label that is not among `names`.
+    """
+    import datasets as hf
+
+    feature = dataset.features.get(column) if isinstance(dataset, hf.Dataset) else None
+    if not isinstance(feature, hf.Value) or "string" not in feature.dtype:
+        return dataset
+    labels = dataset[column][:]
+    names = names or sorted({label for label in labels if label is not None})
+    strange = sorted({label for label in labels if label is not None} - set(names))
+    if strange:
+        raise ValueError(f"label {strange[0]!r} is not one of the training classes{near(strange[0], names)}")
+    encoded = [None if label is None else names.index(label) for label in labels]
+    dataset = dataset.remove_columns(column).add_column(column, encoded)
+    return dataset.cast_column(column, hf.ClassLabel(names=names))
 
 
 def _one_line(error: BaseException) -> str:

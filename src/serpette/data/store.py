@@ -43,16 +43,17 @@ class ChunkStore:
 
     Args:
         folder: where they lie; None keeps them in memory.
-        fingerprint: what determines the chunks. A folder that was begun with another one is refused.
+        fingerprint: what determines the chunks. A folder that was begun with another one is refused;
+            None only reads.
 
     Raises:
         ValueError: `folder` holds the chunks of another model, data set or setting.
     """
 
-    def __init__(self, folder: Path | None, fingerprint: dict[str, Any]):
+    def __init__(self, folder: Path | None, fingerprint: dict[str, Any] | None = None):
         self.folder = folder
         self._memory: dict[int, tuple[dict[str, Tensor], dict]] = {}
-        if folder is None:
+        if folder is None or fingerprint is None:
             return
         manifest = folder / "manifest.json"
         if manifest.exists():

@@ -7,8 +7,8 @@ downstream dataset pruning", ICLR 2025, definition 2 and section 3.1.
 Differs from the paper, which leaves it open: the path takes its points in a low-discrepancy order
 and stops when the class-averaged Spearman correlation of S with the previous S is at least 0.99
 twice running; the features are standardised; the logits are minus the Euclidean distance.
-`variant="official"` is what the authors' scripts do: one global ranking of the weights, 50 masked
-models with 0.98^n of the weights kept after the unmasked one, raw features, 1 / distance.
+`variant="official"` is what the authors' scripts do: one global ranking of the weights, 50 models with
+0.98^n of the weights kept (n = 0 .. 49), raw features, 1 / distance.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..masking import LOW_DISCREPANCY
 from ..prototypes import moments, prototype_logits
 from ..types import ANY_TASK, PathSpec, Signals
 
-CHAINED = tuple(1 - Fraction(98, 100) ** n for n in range(51))
+CHAINED = tuple(1 - Fraction(98, 100) ** n for n in range(50))
 
 
 class DLC:
@@ -46,7 +46,7 @@ class DLC:
         tolerance, max_points: when the default path stops growing; the paper saturates at 5 points.
 
     Raises:
-        ValueError: unknown variant, points outside [0, 1) or not starting at 0.
+        ValueError: an unknown word, points outside [0, 1) or not starting at 0, a number out of range.
     """
 
     name = "dlc"
@@ -65,8 +65,20 @@ class DLC:
         max_points: int = 10,
         seed: int = 0,
     ):
-        if variant not in ("paper", "official"):
-            raise ValueError(f"variant={variant!r} must be 'paper' or 'official'")
+        for option, value, words in (
+            ("variant", variant, ("paper", "official")),
+            ("prototype", prototype, ("unmasked", "masked")),
+            ("logits", logits, (None, "neg_distance", "inverse_distance")),
+            ("principle", principle, ("l1", "random")),
+        ):
+            if value not in words:
+                raise ValueError(f"{option}={value!r} must be one of {', '.join(map(repr, words))}")
+        for option, value, fine, limit in (
+            ("temperature", temperature, temperature > 0, "above 0; 1 is usual"),
+            ("max_points", max_points, 1 <= max_points <= len(LOW_DISCREPANCY), "in 1..10"),
+        ):
+            if not fine:
+                raise ValueError(f"{option}={value!r} must be {limit}")
         official = variant == "official"
         own = CHAINED if official else LOW_DISCREPANCY[:max_points]
         shares = own if points is None else tuple(Fraction(str(p)) for p in points)
@@ -79,7 +91,8 @@ class DLC:
             raise ValueError(
                 f"points={points} must be different shares in [0, 1), the unmasked model (0) first"
             )
-        self.variant, self.temperature = variant, temperature
+        self.variant, self.temperature, self.points = variant, temperature, points
+        self.principle, self.tolerance, self.max_points, self.seed = principle, tolerance, max_points, seed
         self.prototype: Literal["unmasked", "masked"] = prototype
         self.logits: Literal["neg_distance", "inverse_distance"] = logits or (
             "inverse_distance" if official else "neg_distance"
