@@ -31,7 +31,7 @@ SEEDS, LORA_SEEDS = 10, 5
 
 
 def main(out: Path, args: list[str]) -> None:
-    """Runs what is missing, prints the tables and writes `result.json` to `out`."""
+    """Runs what is missing, prints the tables and writes `result.json` and `rows.csv` to `out`."""
     parser = argparse.ArgumentParser("serpette bench dlc_table1")
     parser.add_argument("--quick", action="store_true", help="one small cell, nothing committed")
     parser.add_argument("--report", action="store_true", help="tables of the cells that are there")
@@ -69,6 +69,7 @@ def main(out: Path, args: list[str]) -> None:
             "versions": versions(),
             "hardware": hardware(),
         }
+        report.write_rows(out / "rows.csv", table.pop("rows"))
         write_json(out / "result.json", json.loads(json.dumps(facts | table), parse_float=_four_digits))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ FASHION, MOVIES = (0.05, 0.1, 0.3, 0.5, 0.7), (0.1, 0.3, 0.5, 0.7)
 
 @dataclass(frozen=True)
 class Plan:
-    """A task: `size` examples drawn from a set of features, by each seed; `pool` and `test` shrink that set."""
+    """A task: `size` examples that each seed draws from a set of features; `pool`, `test` shrink the set."""
 
     name: str
     source: str
@@ -89,16 +90,25 @@ class InverseDistance(DLC):
         self.variant = "official"  # leaves the features as they are
 
 
-def arms() -> list[tuple[str, str]]:
-    """(scorer, selector) of every arm that is not a control."""
-    pairs = []
+def arms(make_up: str) -> list[tuple[str, str, bool | str]]:
+    """(scorer, selector, split of the budget over the classes) of every arm that is not a control."""
+    pairs: list[tuple[str, str, bool | str]] = []
     for scorer in sorted(all_scorers()):
-        pairs.append((scorer, "top_hard"))
+        pairs.append((scorer, "top_hard", True))
         if scorer not in GREEDY:
-            pairs.append((scorer, "flex_rand"))
+            pairs.append((scorer, "flex_rand", True))
         if scorer in WIDE:
-            pairs += [(scorer, s) for s in ("top_easy", "top_flexible", "mixed_flexible", "ccs")]
-    return [*pairs, ("learning_confidence", "diverse_easy"), ("none", "dq")]
+            pairs += [(scorer, s, True) for s in ("top_easy", "top_flexible", "mixed_flexible", "ccs")]
+    pairs += [("learning_confidence", "diverse_easy", True), ("none", "dq", True)]
+    if make_up == "long_tail":  # where equal quotas are the control to beat, some methods get them, too
+        pairs += [(scorer, "flex_rand", "equal") for scorer in ("dlc", "unmasked_loss", "forgetting")]
+        pairs += [("herding", "top_hard", "equal"), ("optimisation_complexity", "top_easy", "equal")]
+    return pairs
+
+
+def arm_name(scorer: str, selector: str, per_class: bool | str) -> str:
+    """`dlc+flex_rand`, or `dlc+flex_rand/equal` with the same quota for each class."""
+    return f"{scorer}+{selector}" + ("/equal" if per_class == "equal" else "")
 
 
 @functools.lru_cache(maxsize=2)
@@ -113,21 +123,25 @@ def cell_file(folder: Path, task: str, keep: float, seed: int) -> Path:
 
 
 def run(plan: Plan, seed: int, folder: Path) -> int:
-    """Computes what is missing of one seed of a task; the number of cells written."""
+    """Computes the arms that are missing of one seed of a task; the number of cells written."""
     torch.set_num_threads(1)
-    missing = [keep for keep in plan.keeps if not cell_file(folder, plan.name, keep, seed).exists()]
-    if missing:
+    files = [cell_file(folder, plan.name, keep, seed) for keep in plan.keeps]
+    held = [json.loads(file.read_text()) if file.exists() else None for file in files]
+    names = [arm_name(*arm) for arm in arms(plan.make_up)]
+    missing = [cell is None or any(name not in cell["arms"] for name in names) for cell in held]
+    if any(missing):
         bench = Seed(pool_of(plan.source, plan.pool, plan.test), plan.make_up, seed, plan.size)
-        for keep in missing:
-            write_json(cell_file(folder, plan.name, keep, seed), bench.cell(plan.name, keep))
-    return len(missing)
+        for keep, file, cell in zip(plan.keeps, files, held, strict=True):
+            write_json(file, bench.cell(plan.name, keep, cell))
+    return sum(missing)
 
 
 class Seed:
     """One seed of one task, with the scores of its training examples."""
 
     def __init__(self, pool: tasks.Pool, make_up: str, seed: int, size: int):
-        self.seed, self.scorers = seed, all_scorers()
+        self.seed, self.make_up, self.scorers = seed, make_up, all_scorers()
+        self.unpruned: dict[str, Any] | None = None
         paths: list[PathSpec] = [s.path for s in self.scorers.values() if hasattr(s, "path")]
         self.task = tasks.draw(pool, make_up, seed, paths, size)
         share = len(self.task.rows) / len(pool.labels)
@@ -142,52 +156,61 @@ class Seed:
             self.seconds[name] = time.perf_counter() - start
         self.rescored = {name: _once(scorer) for name, scorer in self.scorers.items()}
         self.fitted: dict[tuple[float, bytes], dict] = {}
-        full = torch.arange(len(self.signals))
-        self.unpruned = self.outcome(full, tasks.choose_penalty(self.task, len(full), self.seed))
 
-    def cell(self, task: str, keep: float) -> dict[str, Any]:
-        """Every arm at one share kept."""
+    def cell(self, name: str, keep: float, cell: dict | None) -> dict[str, Any]:
+        """Every arm at one share kept; those that `cell` holds are not run again."""
         self.fitted = {}
-        k = budget.count(len(self.signals), keep)
-        penalty = tasks.choose_penalty(self.task, k, self.seed)
-        outcome: dict[str, Any] = {}
-        for control, per_class in zip(CONTROLS, (False, True, "equal"), strict=True):
-            draws = [
-                self.pick(self.named("random"), "none", k, per_class, f"{control}{i}") for i in range(DRAWS)
-            ]
-            outcome[control] = _mean([self.outcome(picks, penalty) for picks in draws])
-        searched, search_seconds = {}, 0.0
-        for scorer, name in arms():
+        full, k = torch.arange(len(self.signals)), budget.count(len(self.signals), keep)
+        if cell is None:
+            penalty = tasks.choose_penalty(self.task, k, self.seed)
+            outcome: dict[str, Any] = {}
+            for control, per_class in zip(CONTROLS, (False, True, "equal"), strict=True):
+                draws = [
+                    self.pick(self.named("random"), "none", k, per_class, f"{control}{i}")
+                    for i in range(DRAWS)
+                ]
+                outcome[control] = _mean([self.outcome(picks, penalty) for picks in draws])
+            if self.unpruned is None:
+                self.unpruned = self.outcome(full, tasks.choose_penalty(self.task, len(full), self.seed))
+            outcome["no_pruning"] = self.unpruned
+            cell = {
+                "task": name,
+                "keep": keep,
+                "seed": self.seed,
+                "kept": k,
+                "penalty": penalty,
+                "arms": outcome,
+                "searched": {},
+                "detection_auc": self.detection(),
+                "seconds": {**self.seconds, "searches": 0.0},
+            }
+        for scorer, selector_name, per_class in arms(self.make_up):
+            arm = arm_name(scorer, selector_name, per_class)
+            if arm in cell["arms"]:
+                continue
             start = time.perf_counter()
-            selector = self.searched(scorer, name, keep)
+            selector = self.searched(scorer, selector_name, keep, per_class)
             if hasattr(selector, "candidates"):
-                search_seconds += time.perf_counter() - start
-                searched[f"{scorer}+{name}"] = describe(selector)
-            picks = self.pick(selector, scorer, k, True, f"{scorer}+{name}")
-            outcome[f"{scorer}+{name}"] = self.outcome(picks, penalty)
-        outcome["no_pruning"] = self.unpruned
-        auc = {}
-        if self.task.wrong.any():
-            auc = {n: detection_auc(s, self.task.wrong) for n, s in self.scores.items() if n not in ("none",)}
-        return {
-            "task": task,
-            "keep": keep,
-            "seed": self.seed,
-            "kept": k,
-            "penalty": penalty,
-            "arms": outcome,
-            "searched": searched,
-            "detection_auc": auc,
-            "seconds": {**self.seconds, "searches": search_seconds},
-        }
+                cell["seconds"]["searches"] += time.perf_counter() - start
+                cell["searched"][arm] = describe(selector)
+            cell["arms"][arm] = self.outcome(self.pick(selector, scorer, k, per_class, arm), cell["penalty"])
+        return cell
 
-    def searched(self, scorer: str, name: str, keep: float) -> Any:
+    def detection(self) -> dict[str, float]:
+        """Of wrong labels, by the raw scores."""
+        if not self.task.wrong.any():
+            return {}
+        return {n: detection_auc(s, self.task.wrong) for n, s in self.scores.items() if n != "none"}
+
+    def searched(self, scorer: str, name: str, keep: float, per_class: bool | str = True) -> Any:
         """The selector, its open hyperparameter chosen on a split of the training examples."""
         selector = self.named(name)
         if not hasattr(selector, "candidates"):
             return selector
         scores_of = self.rescored[scorer]
-        return search(selector, self.signals, scores_of, keep, True, seed=self.seed, repeats=2, limit=1250)[0]
+        return search(
+            selector, self.signals, scores_of, keep, per_class, seed=self.seed, repeats=2, limit=1250
+        )[0]
 
     @staticmethod
     def named(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def heads(folder: Path, plans: tuple[cells.Plan, ...], seeds: int) -> dict[str, 
     compared = [row for row in rows if _is_method(row["arm"])]
     corrected = 1 - 0.05 / max(1, len(compared))
     for row in compared:
-        difference = _differences(grid[row["task"], row["keep"]], row["arm"], "stratified_random", corrected)
+        row["vs_control"] = row["vs_equal"] if row["arm"].endswith("/equal") else row["vs_stratified"]
+        control = "equal_quotas" if row["arm"].endswith("/equal") else "stratified_random"
+        difference = _differences(grid[row["task"], row["keep"]], row["arm"], control, corrected)
         row["sure_after_correction"] = bool(difference[1] > 0 or difference[2] < 0)
     auc: dict[str, dict[str, float]] = {}
     for (task, _), found in grid.items():
@@ -62,6 +65,7 @@ def heads(folder: Path, plans: tuple[cells.Plan, ...], seeds: int) -> dict[str, 
         "expected_by_chance": round(0.025 * len(compared), 1),  # above; as many below
         "tasks": {plan.name: _facts(plan, grid) for plan in plans if (plan.name, plan.keeps[0]) in grid},
         "summary": _summary(grid, rows),
+        "masked_path_adds": _path_adds(grid),
         "beats_stratified": _beyond(compared, above=True),
         "below_stratified": len(_beyond(compared, above=False)),
         "detection_auc": auc,
@@ -129,10 +133,22 @@ def _summary(grid: dict, rows: list[dict]) -> list[dict[str, Any]]:
     return sorted(summary, key=lambda entry: -entry["accuracy"])
 
 
+def _path_adds(grid: dict) -> dict[str, list[float]]:
+    """DLC minus the plain unmasked loss, with the same selector, mean over tasks and shares kept."""
+    found = {}
+    for selector in ("flex_rand", "top_hard", "top_easy", "top_flexible", "mixed_flexible", "ccs"):
+        dlc, plain = (
+            np.mean([_values(cells_, f"{scorer}+{selector}") for cells_ in grid.values()], 0)
+            for scorer in ("dlc", "unmasked_loss")
+        )
+        found[selector] = list(paired_over_seeds(dlc, plain))
+    return found
+
+
 def _beyond(rows: list[dict], above: bool) -> list[dict[str, Any]]:
-    found = [r for r in rows if (r["vs_stratified"][1] > 0 if above else r["vs_stratified"][2] < 0)]
-    columns = ("task", "keep", "arm", "accuracy", "vs_stratified", "sure_after_correction")
-    return sorted(({c: r[c] for c in columns} for r in found), key=lambda r: -abs(r["vs_stratified"][0]))
+    found = [r for r in rows if (r["vs_control"][1] > 0 if above else r["vs_control"][2] < 0)]
+    columns = ("task", "keep", "arm", "accuracy", "vs_control", "sure_after_correction")
+    return sorted(({c: r[c] for c in columns} for r in found), key=lambda r: -abs(r["vs_control"][0]))
 
 
 def _mean_seconds(grid: dict, part: str) -> dict[str, float]:
@@ -174,6 +190,24 @@ def lora(folder: Path, seeds: int) -> dict[str, Any]:
     return {"seeds": seeds, "comparisons": comparisons, "settings": settings, "rows": rows}
 
 
+COLUMNS = (
+    "task", "keep", "arm", "accuracy", "worst_class", "calibration_error",
+    "least_kept_class", "most_kept_class", "wrong_labels_kept", "sure_after_correction",
+)  # fmt: skip
+
+
+def write_rows(file: Path, rows: list[dict]) -> None:
+    """Every row as CSV: points, and each difference with the ends of its 95 % interval."""
+    with open(file, "w", newline="") as out:
+        table = csv.writer(out, lineterminator="\n")
+        ends = [f"{name}{end}" for name in REFERENCES for end in ("", "_low", "_high")]
+        table.writerow([*COLUMNS, *ends])
+        for row in rows:
+            differences = [f"{value:.3f}" for name in REFERENCES for value in row[name]]
+            plain = [row.get(c, "") for c in COLUMNS]
+            table.writerow([f"{v:.3f}" if isinstance(v, float) else v for v in plain] + differences)
+
+
 def show(console: Console, table: dict[str, Any]) -> None:
     """The tables, on a terminal."""
     console.print(_summary_table(table))
@@ -187,7 +221,7 @@ def show(console: Console, table: dict[str, Any]) -> None:
     for row in table["beats_stratified"]:
         sure = "yes" if row["sure_after_correction"] else ""
         cells_ = (row["task"], f"{row['keep']:.0%}", row["arm"], f"{row['accuracy']:.1f}")
-        beats.add_row(*cells_, interval(row["vs_stratified"]), sure)
+        beats.add_row(*cells_, interval(row["vs_control"]), sure)
     console.print(beats)
     for task, auc in table["detection_auc"].items():
         ranked = sorted(auc.items(), key=lambda pair: -pair[1])
