@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from serpette import cli
-from serpette.data.pruner import Scores
+from serpette.data.scores import Scores
 from serpette.types import Signals
 from serpette.zoo import ZooError
 

@@ -116,7 +116,7 @@ def scored(model: nn.Module, data: Any, scorer: Any, **options: Any) -> serpette
 def floor(folder: Path, quick: bool) -> dict[str, Any]:
     """Scoring over k bare forward passes on the same batches. All of `serpette.score` counts, also checking
     the rows and stacking them into batches: thresholds, masks, passes, prototypes, losses."""
-    images, pairs = (128, 2) if quick else (1024, 2)
+    images, pairs = (128, 2) if quick else (1024, 3)
     model, data = zoo.load_model("vit-s", num_labels=10, **VIT), Decoded("vit-s", images, VIT["image_size"])
 
     def ours() -> None:

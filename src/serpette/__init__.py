@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from .data import selectors
     from .data.observe import observe
     from .data.proxy import FineTune, Probe
-    from .data.pruner import DataPruner, Scores, Selection, score, select
+    from .data.pruner import DataPruner, Selection, score, select
+    from .data.scores import Scores
     from .pipeline import run
     from .recipe import Recipe
     from .types import Scorer, Selector, Signals
@@ -23,7 +24,7 @@ _HOMES = {
     "Probe": ".data.proxy",
     "Recipe": ".recipe",
     "Scorer": ".types",
-    "Scores": ".data.pruner",
+    "Scores": ".data.scores",
     "Selection": ".data.pruner",
     "Selector": ".types",
     "Signals": ".types",

@@ -169,10 +169,11 @@ def select(
         seed: Of the random part of a selector.
     """
     from .data import pruner
+    from .data.scores import Scores, config_of
 
     if out.suffix not in (".txt", ".json", ".parquet"):
         raise ValueError(f"out={str(out)!r} must end in .txt, .json or .parquet")
-    held = pruner.Scores.load(scores)
+    held = Scores.load(scores)
     chosen = pruner.select(
         held, selector, keep, scorer=scorer, per_class=None if per_class else False, seed=seed
     )
@@ -197,7 +198,7 @@ def select(
             "kind": "selection",
             "scores": str(scores),
             "scorer": held.of(scorer)[0],
-            "selector": pruner.config_of(chosen.selector),
+            "selector": config_of(chosen.selector),
             "searched": chosen.searched,
             "keep": keep,
             "per_class": per_class,

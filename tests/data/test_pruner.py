@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 import serpette
 from serpette import DataPruner, FineTune, Probe
-from serpette.data.pruner import Scores
+from serpette.data.scores import Scores
 
 
 @pytest.fixture(scope="module")
