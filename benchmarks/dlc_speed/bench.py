@@ -436,7 +436,8 @@ def precision(folder: Path, quick: bool) -> dict[str, Any]:
             a, b, labels = one.values["dlc"], two.values["dlc"], two.signals.labels
             agreement = {"spearman": spearman(a, b), "class_averaged": class_averaged_spearman(a, b, labels)}
             write_json(file, agreement)
-        times = interleaved(other, plain, lambda i, f=file: f.with_name(f"{f.stem}-{i}.json"), pairs)
+        several = pairs if how == "bfloat16" else 1
+        times = interleaved(other, plain, lambda i, f=file: f.with_name(f"{f.stem}-{i}.json"), several)
         found[name] = json.loads(file.read_text()) | times | {"images": images}
     return found
 

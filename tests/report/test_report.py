@@ -455,3 +455,9 @@ def test_in_a_browser(tmp_path):
         with Image.open(shot) as image:
             assert image.size == (width, height)
             assert len(image.convert("L").getcolors(256) or range(257)) > 20  # not blank
+
+
+def test_a_folder_of_scores_is_not_a_run(tmp_path):
+    (tmp_path / "result.json").write_text('{"kind": "scores", "scorers": ["dlc"]}')
+    with pytest.raises(ValueError, match="holds scores, not a run"):
+        write(tmp_path)
