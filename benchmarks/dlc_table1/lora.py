@@ -126,21 +126,18 @@ class Upper(nn.Module):
         return self.classifier(torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], 1))
 
 
-def tune(hidden: Tensor, labels: Tensor, seed: int, steps: int | None = None) -> nn.Module:
-    """A LoRA and a head, trained on (k, T, D) activations for `epochs`, or for `steps` steps."""
+def tune(hidden: Tensor, labels: Tensor, seed: int) -> nn.Module:
+    """A LoRA and a head, trained on (k, T, D) activations for `epochs`."""
     torch.manual_seed(seed)  # the LoRA's factors; the head's weights are the zoo's
     _, _, _, name, options, _ = tasks.SETS["fashion-vit"]
     upper = Upper(zoo.load_model(name, seed=seed, **options))
     model = trainable(upper, upper.classifier, "lora", rank=SETTINGS["rank"], alpha=SETTINGS["alpha"]).train()
-    per_epoch = -(-len(hidden) // SETTINGS["batch_size"])
-    steps = steps or SETTINGS["epochs"] * per_epoch
+    steps = SETTINGS["epochs"] * -(-len(hidden) // SETTINGS["batch_size"])
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, SETTINGS["learning_rate"], weight_decay=0.0)
     generator, step = torch.Generator().manual_seed(seed), 0
-    while step < steps:
+    for _ in range(SETTINGS["epochs"]):
         for rows in torch.randperm(len(hidden), generator=generator).split(SETTINGS["batch_size"]):
-            if step == steps:
-                break
             for group in optimizer.param_groups:
                 group["lr"] = SETTINGS["learning_rate"] * (1 - step / steps)
             loss = cross_entropy(model(hidden[rows].float()), labels[rows])

@@ -460,4 +460,4 @@ def test_in_a_browser(tmp_path):
 def test_a_folder_of_scores_is_not_a_run(tmp_path):
     (tmp_path / "result.json").write_text('{"kind": "scores", "scorers": ["dlc"]}')
     with pytest.raises(ValueError, match="holds scores, not a run"):
-        write(tmp_path)
+        report.write(tmp_path)

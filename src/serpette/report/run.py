@@ -104,8 +104,8 @@ def load(run_dir: str | os.PathLike) -> Run:
     result = _json(folder / "result.json", dict)
     if result.get("kind", "run") != "run":
         raise ValueError(
-            f"run_dir={str(run_dir)!r} holds {result['kind']}, not a run; give the folder that `serpette run` "
-            "has written"
+            f"run_dir={str(run_dir)!r} holds {result['kind']}, not a run; "
+            "give the folder that `serpette run` has written"
         )
     gallery = _json(folder / "gallery.json", list) if (folder / "gallery.json").is_file() else []
     return Run(result, _scores(folder / "scores.parquet"), [g for g in gallery if isinstance(g, dict)])
