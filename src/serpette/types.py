@@ -5,20 +5,21 @@ Letters used everywhere: N examples, C classes, D features, P path points, T vis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-Task = Literal["classification", "regression"]
+Task = Literal["classification", "regression", "causal-lm"]
 PerClass = bool | Literal["proportional", "equal"]
 CLASSIFICATION: frozenset[str] = frozenset({"classification"})
 Chunk = tuple[Tensor, Tensor]
 ANY_TASK: frozenset[str] = frozenset({"classification", "regression"})
+EVERY_TASK: frozenset[str] = ANY_TASK | {"causal-lm"}
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,19 @@ class Signals:
 
     Args:
         ids: (N,) unique strings.
-        labels: (N,) int64 class indices, or float32 targets in a regression.
-        num_classes: C; 0 in a regression.
+        labels: (N,) int64 class indices, or float32 targets in a regression; None in a causal LM.
+        num_classes: C; 0 in a regression and in a causal LM.
         embeddings: (N, D) float32, pooled features of the pre-trained model.
         logits: (N, C) of a model or proxy that has been tuned on the examples; (N, 1) predictions
             in a regression.
         early_logits: (S, N, C) of S proxies (one a seed), early in their training.
         history: (T, N, C) logits at each of T visits during training.
-        paths: features along each masked path that was asked for.
+        response_losses: (N,) mean loss over the response tokens of an instruction example, given its prompt.
+        answer_losses: (N,) the same without the prompt.
+        paths: features along each masked path that was asked for. In a causal LM a "feature" is the mean
+            loss over the response tokens, D = 1.
+        readings: what scorers read off the backward pass, `{scorer.reading: (N, ...)}`.
+        task: by default told from `num_classes`.
         seed: for scorers with a random part; together with `ids` it makes them independent of the
             order of the examples.
     """
@@ -104,12 +110,16 @@ class Signals:
     logits: Tensor | None = None
     early_logits: Tensor | None = None
     history: Tensor | None = None
+    response_losses: Tensor | None = None
+    answer_losses: Tensor | None = None
     paths: dict[PathSpec, PathFeatures] = field(default_factory=dict)
+    readings: dict[Hashable, Tensor] = field(default_factory=dict)
     seed: int = 0
+    task: Task = ""  # type: ignore[assignment] - filled in below
 
-    @property
-    def task(self) -> Task:
-        return "classification" if self.num_classes else "regression"
+    def __post_init__(self):
+        if not self.task:
+            self.task = "classification" if self.num_classes else "regression"
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -133,6 +143,15 @@ class Signals:
             )
         return self.paths[spec]
 
+    def reading(self, spec: Hashable, scorer: str) -> Tensor:
+        """What was read off the backward pass for `spec`, or a ValueError that says how to get it."""
+        if spec not in self.readings:
+            raise ValueError(
+                f"scorer {scorer!r} needs its readings of the LoRA gradients, which were not observed; "
+                "give the scorer to observe(lora_model, examples, [scorer]) or let DataPruner do it"
+            )
+        return self.readings[spec]
+
     def subset(self, rows: Tensor) -> Signals:
         """The signals of `rows` (k,), in that order."""
 
@@ -147,6 +166,9 @@ class Signals:
             logits=take(self.logits),
             early_logits=take(self.early_logits, 1),
             history=take(self.history, 1),
+            response_losses=take(self.response_losses),
+            answer_losses=take(self.answer_losses),
+            readings={spec: value.index_select(0, rows) for spec, value in self.readings.items()},
             paths={spec: path.subset(rows, len(self)) for spec, path in self.paths.items()},
         )
 
@@ -157,7 +179,8 @@ class Scorer(Protocol):
 
     `needs` names fields of `Signals`; `tasks` says where the method has a meaning. A scorer never
     depends on the order of the examples. A scorer with a `path` (PathSpec) also has
-    `along_path(signals) -> (P, N)`, and its score is the mean of that over the points.
+    `along_path(signals) -> (P, N)`, and its score is the mean of that over the points. A scorer with a
+    `reading` (see `Reading`) scores what that read off the backward pass of a LoRA model.
     """
 
     name: str
@@ -165,6 +188,16 @@ class Scorer(Protocol):
     tasks: frozenset[str]
 
     def __call__(self, signals: Signals) -> Tensor: ...
+
+
+class Reading(Protocol):
+    """What is read off the per-example gradients of the LoRA factors; equal readings are done once.
+
+    Hashable. `reader(layers)` makes the object that reads: it is given each layer's gradients of each
+    batch as the backward pass reaches it (`serpette.lora_gradients`), in the stages that it names.
+    """
+
+    def reader(self, layers: Sequence[Any]) -> Any: ...
 
 
 @runtime_checkable

@@ -16,7 +16,7 @@ def find_head(model: nn.Module) -> nn.Linear | None:
     """The last Linear of a classifier; None for a bare transformers backbone or a module without one."""
     if getattr(model, "base_model_prefix", None) and getattr(model, "base_model", None) is model:
         return None
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and "lora_" not in name]
     return linears[-1] if linears else None
 
 
