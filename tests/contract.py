@@ -14,8 +14,9 @@ from serpette.types import PathFeatures, Signals
 OBSERVED = ("labels", "embeddings", "logits", "early_logits", "history")
 
 
-def make_signals(task="classification", n=24, seed=0, path=None) -> Signals:
-    """Every signal of n examples, 3 classes; `path` adds features along that PathSpec, in two chunks."""
+def make_signals(task="classification", n=24, seed=0, path=None, reading=None) -> Signals:
+    """Every signal of n examples, 3 classes; `path` adds features along that PathSpec, in two chunks,
+    `reading` three numbers for each of four LoRA layers."""
     g = torch.Generator().manual_seed(seed)
     C, D, S, T = 3, 5, 2, 6
     classes = task == "classification"
@@ -39,22 +40,23 @@ def make_signals(task="classification", n=24, seed=0, path=None) -> Signals:
         early_logits=torch.randn(S, n, width, generator=g) * 2,
         history=torch.randn(T, n, width, generator=g) * 2,
         paths=paths,
+        readings={} if reading is None else {reading: torch.rand(n, 4, 3, generator=g)},
         seed=seed,
     )
 
 
 def without(signals: Signals, name: str) -> Signals:
-    return replace(signals, **{name: {} if name == "paths" else None})
+    return replace(signals, **{name: {} if name in ("paths", "readings") else None})
 
 
 def check_scorer(name: str, task: str):
     cls = scorers[name]
     scorer = cls()
-    path = getattr(scorer, "path", None)
-    signals = make_signals(task, path=path)
+    path, reading = getattr(scorer, "path", None), getattr(scorer, "reading", None)
+    signals = make_signals(task, path=path, reading=reading)
     assert scorer.name == name
     assert isinstance(scorer.needs, frozenset) and scorer.needs <= {f.name for f in fields(Signals)}
-    assert scorer.tasks and scorer.tasks <= {"classification", "regression"}
+    assert scorer.tasks and scorer.tasks <= {"classification", "regression", "causal-lm"}
     if task not in scorer.tasks:
         with pytest.raises(ValueError, match="regression"):
             scorer(signals)
@@ -81,7 +83,7 @@ def check_scorer(name: str, task: str):
         if f not in scorer.needs:
             bare = without(bare, f)
     assert torch.equal(scorer(bare), scores)
-    for need in scorer.needs | ({"paths"} if path else set()):
+    for need in scorer.needs | ({"paths"} if path else set()) | ({"readings"} if reading else set()):
         with pytest.raises(ValueError, match=need.rstrip("s")) as error:
             scorer(without(signals, need))
         assert name in str(error.value)

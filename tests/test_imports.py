@@ -11,13 +11,15 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "serpette"
 
-GROUND = {"types", "registry", "masking", "prototypes"}
+GROUND = {"types", "registry", "masking", "prototypes", "lora_gradients", "greedy"}
 # What each room may import of the house; a room that is not in the plan fails below.
 PLAN = {
     "types": set(),
     "registry": set(),
     "masking": {"types"},
     "prototypes": {"types"},
+    "lora_gradients": set(),
+    "greedy": set(),
     "scorers": GROUND,
     "importance": GROUND,
     "cost": GROUND,

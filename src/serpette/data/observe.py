@@ -28,6 +28,9 @@ from ..scorers.dlc import DLC
 from ..types import PathFeatures, PathSpec, Signals, Task, uniform_of
 from .examples import Examples, check_labels
 from .features import Features, Reader, accepted_names
+from .gradient_pass import GradientPass, only
+from .language import LanguageReader, is_causal_lm
+from .processes import broadcast, processes, progress_bar, together
 from .store import ChunkStore
 
 PILOT = 1024  # examples on which an adaptive path decides where to stop; they are decoded once, too
@@ -56,7 +59,12 @@ class Observation:
 
 
 def infer_task(model: nn.Module, reader: Reader) -> Task:
-    """`"regression"` for a head with one output or a config that says so, else `"classification"`."""
+    """`"causal-lm"` for a *ForCausalLM, `"regression"` for a head with one output or a config that says so.
+
+    Else `"classification"`.
+    """
+    if is_causal_lm(model):
+        return "causal-lm"
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     return "regression" if problem == "regression" or reader.num_classes == 1 else "classification"
 
@@ -94,13 +102,16 @@ def observe(
     Raises:
         ValueError: bad labels, NaN in an input, no example left, a folder of another run.
     """
-    reader = Reader(model, features)
+    reader: Any = Reader(model, features)
     task = task or infer_task(model, reader)
+    language = task == "causal-lm"
+    if language:
+        reader = LanguageReader(model, features)
     if not isinstance(examples, Examples):
         examples = Examples(examples)
-    examples.accepted = accepted_names(model)
-    raw = examples.labels()
-    names = examples.class_names
+    examples.accepted, examples.task = accepted_names(model), task
+    raw = None if language else examples.labels()
+    names = None if language else examples.class_names
     outputs = 0 if task == "regression" else reader.num_classes
     if raw is not None:
         check_labels(raw, examples.ids, outputs, task)
@@ -125,29 +136,52 @@ def observe(
             "batch_size": batch_size,
             "chunk_size": chunk_size,
             "precision": str(precision),
+            "max_length": examples.max_length,
         }
+    readings = list(dict.fromkeys(scorer.reading for scorer in scorers if hasattr(scorer, "reading")))
+    gradients = GradientPass(reader, readings, task, outputs, precision) if readings else None
+    answers = language and any("answer_losses" in scorer.needs for scorer in scorers)
+    if folder is not None and answers:
+        fingerprint["answers"] = True
+    if folder is not None and readings:
+        fingerprint["readings"] = [repr(reading) for reading in readings]
     store = ChunkStore(folder, fingerprint)
-    work = _Work(reader, examples, store, plan, task, outputs, on_bad, precision, num_workers)
+    whole = all(map(store.has, range(len(plan))))
+    if gradients is not None and gradients.moving and not whole:
+        store.clear()  # moving statistics cannot go on in the middle
+    work = _Work(
+        reader, examples, store, plan, task, outputs, on_bad, precision, num_workers, gradients, answers
+    )
 
-    rank, world = _processes()
+    rank, world = processes()
     lengths: dict[PathSpec, tuple[int, list]] = {}
-    with evaluating(model), _progress(len(plan), "observing", progress and rank == 0) as advance:
-        with _together(world):
+    with (
+        evaluating(model),
+        gradients or nullcontext(),
+        progress_bar(len(plan), "observing", progress and rank == 0) as advance,
+    ):
+        with together(world):
+            if gradients is not None and not whole:
+                gradients.prepare(examples, batch_size, folder, rank, world)
+        with together(world):
             lengths = work.pilot(by_path, masked, seed) if rank == 0 else {}
-        lengths = _broadcast(lengths, world)
+        lengths = broadcast(lengths, world)
         lengths = {spec: lengths[spec] for spec in by_path}  # the order is that of the stored features
-        with _together(world):
+        with together(world):
             for number in range(len(plan)):
                 if not store.has(number) and number % world == rank:
                     work.chunk(number, masked, lengths)
                 advance()
     store.exchange(range(len(plan)), world)
-    return _gather(store, len(plan), examples, lengths, task, seed)
+    observation = _gather(store, len(plan), examples, lengths, task, seed, readings)
+    if gradients is not None:
+        observation.seconds |= gradients.seconds
+    return observation
 
 
 @dataclass
 class _Work:
-    reader: Reader
+    reader: Any  # Reader or LanguageReader
     examples: Examples
     store: ChunkStore
     plan: list[list[list[int]]]  # chunk -> batch -> rows
@@ -156,6 +190,8 @@ class _Work:
     on_bad: str
     precision: torch.dtype | None
     num_workers: int
+    gradients: GradientPass | None = None
+    answers: bool = False  # the losses of a causal LM without the prompts, too
 
     def decode(self, number: int) -> list[Batch]:
         loader = torch.utils.data.DataLoader(
@@ -171,16 +207,46 @@ class _Work:
             raise ValueError(f"example {name!r}: {reason}; mend it, or go on without it: on_bad='set_aside'")
         return batches
 
+    def autocast(self) -> Any:
+        return torch.autocast(self.reader.device.type, self.precision) if self.precision else nullcontext()
+
     def forward(self, batches: list[Batch]) -> tuple[Tensor, Tensor | None]:
-        """Features (n, D) and logits (n, C) of all batches of a chunk."""
-        device = self.reader.device
-        autocast = torch.autocast(device.type, self.precision) if self.precision else nullcontext()
-        with torch.inference_mode(), autocast:
+        """Features (n, D) and logits (n, C) of all batches of a chunk; of a causal LM what its reader gives."""
+        with torch.inference_mode(), self.autocast():
             outputs = [self.reader(inputs) for _, inputs, _, _ in batches if inputs]
         if not outputs:
             return torch.zeros(0, 1), None
         logits = None if outputs[0][1] is None else torch.cat([z for _, z in outputs if z is not None])
         return torch.cat([h for h, _ in outputs]), logits
+
+    def backward(self, batches: list[Batch]) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+        """As `forward`, and what was read off the backward pass; sets aside whose loss is not finite."""
+        assert self.gradients is not None
+        shown, readings = [], []
+        for number, (rows, inputs, labels, bad) in enumerate(batches):
+            while rows:
+                output, values, fine_n = self.gradients(inputs, labels, self.examples.ids[rows])
+                if output is not None:
+                    shown.append(output)
+                    readings.append(values)
+                    break
+                lost = [str(self.examples.ids[r]) for r, ok in zip(rows, fine_n, strict=True) if not ok]
+                if self.on_bad == "raise":
+                    raise ValueError(
+                        f"the loss of the example with id {lost[0]!r} is not finite; "
+                        "mend it, or go on without it: on_bad='set_aside'"
+                    )
+                bad = bad | dict.fromkeys(lost, "its loss is not finite")
+                rows, inputs, labels = only(fine_n, rows, inputs, labels)
+            batches[number] = rows, inputs, labels, bad
+        if not shown:
+            return torch.zeros(0, 1), None, {}
+        logits = None if shown[0][1] is None else torch.cat([z for _, z in shown])
+        held = {
+            f"reading:{i}": torch.cat([values[reading] for values in readings])
+            for i, reading in enumerate(self.gradients.readings)
+        }
+        return torch.cat([h for h, _ in shown]), logits, held
 
     def pilot(self, by_path: list, masked: dict, seed: int) -> dict[PathSpec, tuple[int, list]]:
         """{path: (number of points, curve)}; grows the adaptive ones on the first chunk, and stores it."""
@@ -192,18 +258,19 @@ class _Work:
             meta = self.store.read(0, ())[1]
             return fixed | {s: (meta["points"][i], meta["curves"][i]) for i, s in enumerate(adaptive)}
         tensors, meta, batches = self.unmasked(0)
-        ids, labels = self.examples.ids[tensors["rows"].numpy()], tensors["labels"]
+        ids, labels = self.examples.ids[tensors["rows"].numpy()], tensors.get("labels")
         if not len(ids):
             name, reason = next(iter(meta["set_aside"].items()))
             raise ValueError(f"none of the first examples could be read; {name!r}: {reason}")
-        signals = Signals(ids, labels, _count_classes(self.examples, labels, self.task), seed=seed)
+        classes = _count_classes(self.examples, labels, self.task)
+        signals = Signals(ids, labels, classes, seed=seed, task=self.task)
         grown = {}
         start = time.perf_counter()
         for spec in adaptive:
             grown[spec], stack = _grow(
                 spec,
                 signals,
-                tensors["embeddings"],
+                _on_path(tensors),
                 lambda p, spec=spec: self.masked_features(batches, masked[spec], p),
             )
             tensors[_key(spec, by_path)] = stack[1:]
@@ -219,23 +286,47 @@ class _Work:
         start = time.perf_counter()
         batches = self.decode(number)
         decoded = time.perf_counter()
-        embeddings, logits = self.forward(batches)
+        if self.gradients is None:
+            (embeddings, logits), readings = self.forward(batches), {}
+        else:
+            embeddings, logits, readings = self.backward(batches)
         rows = [row for batch in batches for row in batch[0]]
         raw = [label for batch in batches for label in batch[2]]
         tensors = {
             "rows": torch.tensor(rows, dtype=torch.int64),
-            "labels": check_labels(raw, self.examples.ids[rows], self.outputs, self.task),
             "embeddings": embeddings,
         }
-        if logits is not None:
-            tensors["logits"] = logits
+        if self.task == "causal-lm":
+            tensors |= self.losses(batches, rows, logits)
+        else:
+            tensors["labels"] = check_labels(raw, self.examples.ids[rows], self.outputs, self.task)
+            if logits is not None:
+                tensors["logits"] = logits
+        tensors |= readings
         seconds = {"decoding": decoded - start, "unmasked": time.perf_counter() - decoded, "path": 0.0}
         bad = {i: reason for batch in batches for i, reason in batch[3].items()}
         return tensors, {"seconds": seconds, "set_aside": bad}, batches
 
+    def losses(self, batches: list[Batch], rows: list[int], found_n2: Tensor | None) -> dict[str, Tensor]:
+        """Those of the responses of a causal LM, (n,) each."""
+        losses_n = torch.zeros(0) if found_n2 is None else found_n2[:, 0].contiguous()
+        if not bool(torch.isfinite(losses_n).all()):
+            who = str(self.examples.ids[rows[int((~torch.isfinite(losses_n)).nonzero()[0, 0])]])
+            raise ValueError(
+                f"the loss of the example with id {who!r} is not finite: no score would mean anything; "
+                "load the model in float32 or bfloat16, or remove the example"
+            )
+        tensors = {"response_losses": losses_n}
+        if self.answers:
+            with torch.inference_mode(), self.autocast():
+                alone = [self.reader.answer_losses(inputs) for _, inputs, _, _ in batches if inputs]
+            tensors["answer_losses"] = torch.cat(alone) if alone else losses_n
+        return tensors
+
     def masked_features(self, batches: list[Batch], masked: MaskedPath, point: int) -> Tensor:
         with masked.at(point):
-            return self.forward(batches)[0]
+            features, logits = self.forward(batches)
+        return logits[:, :1] if self.task == "causal-lm" and logits is not None else features
 
     def along(self, batches: list[Batch], masked: MaskedPath, points: int) -> Tensor:
         """(P - 1, n, D): every point but the unmasked one."""
@@ -304,6 +395,7 @@ def _gather(
     lengths: dict[PathSpec, tuple[int, list]],
     task: Task,
     seed: int,
+    readings: Sequence[Any] = (),
 ) -> Observation:
     set_aside: dict[str, str] = {}
     seconds = {"decoding": 0.0, "unmasked": 0.0, "path": 0.0}
@@ -333,17 +425,24 @@ def _gather(
         return whole
 
     labels = joined("labels")
-    assert labels is not None, "every chunk holds its labels"
     signals = Signals(
         ids=examples.ids[rows.numpy()],
         labels=labels,
         num_classes=_count_classes(examples, labels, task),
         embeddings=joined("embeddings"),
         logits=joined("logits"),
+        response_losses=joined("response_losses"),
+        answer_losses=(answer_losses := joined("answer_losses")),
         paths=_stored_paths(store, chunks, lengths, position),
+        readings={
+            reading: value
+            for i, reading in enumerate(readings)
+            if (value := joined(f"reading:{i}")) is not None
+        },
         seed=seed,
+        task=task,
     )
-    passes = 1 + sum(points - 1 for points, _ in lengths.values())
+    passes = 1 + (answer_losses is not None) + sum(points - 1 for points, _ in lengths.values())
     return Observation(signals, rows, set_aside, seconds, passes)
 
 
@@ -354,9 +453,9 @@ def _stored_paths(
 
     def read(key: str, points: int) -> Iterator[tuple[Tensor, Tensor]]:
         for number in range(chunks):
-            tensors, _ = store.read(number, ("rows", "embeddings", key))
+            tensors, _ = store.read(number, ("rows", "embeddings", "response_losses", key))
             if len(tensors["rows"]):
-                unmasked = tensors["embeddings"][None]
+                unmasked = _on_path(tensors)[None]
                 features = torch.cat([unmasked, tensors[key]]) if points > 1 else unmasked
                 yield position[tensors["rows"]], features
 
@@ -385,13 +484,21 @@ def reopened_paths(folder: Path, specs: Sequence[PathSpec], rows: Tensor) -> dic
     return _stored_paths(store, len(list(folder.glob("*[0-9].safetensors"))), lengths, position)
 
 
+def _on_path(tensors: dict[str, Tensor]) -> Tensor:
+    """What a path starts from: the features (n, D), in a causal LM the response losses (n, 1)."""
+    losses = tensors.get("response_losses")
+    return tensors["embeddings"] if losses is None else losses[:, None]
+
+
 def _key(spec: PathSpec, specs: list) -> str:
     return f"path:{specs.index(spec)}"
 
 
-def _count_classes(examples: Examples, labels: Tensor, task: Task) -> int:
-    """C of the data, which the head of a pre-trained model may exceed; 0 in a regression."""
-    return 0 if task == "regression" else len(examples.class_names or []) or int(labels.max()) + 1
+def _count_classes(examples: Examples, labels: Tensor | None, task: Task) -> int:
+    """C of the data, which the head of a pre-trained model may exceed; 0 where there are no classes."""
+    if task != "classification" or labels is None:
+        return 0
+    return len(examples.class_names or []) or int(labels.max()) + 1
 
 
 @contextmanager
@@ -404,58 +511,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def _progress(total: int, description: str, shown: bool) -> Iterator[Callable[[], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    if not shown or total < 2 or not Console().is_terminal:
-        yield lambda: None
-        return
-    with Progress(transient=True) as bar:
-        task = bar.add_task(description, total=total)
-        yield lambda: bar.advance(task)
-
-
-def _processes() -> tuple[int, int]:
-    """(rank, world size) under torchrun or accelerate; (0, 1) otherwise."""
-    from accelerate import PartialState
-
-    if not PartialState._shared_state and not torch.distributed.is_initialized():
-        import os
-
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            return 0, 1
-    state = PartialState()
-    return state.process_index, state.num_processes
-
-
-@contextmanager
-def _together(world: int) -> Iterator[None]:
-    """An error in one process ends all of them, with its message, where the others would wait for ever."""
-    failure = None
-    try:
-        yield
-    except Exception as error:
-        failure = error
-    messages: list[str | None] = [None] * world
-    if world > 1:
-        torch.distributed.all_gather_object(messages, None if failure is None else str(failure))
-    if failure is not None:
-        raise failure
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise RuntimeError(f"process {rank} failed: {message}")
-
-
-def _broadcast(value: Any, world: int) -> Any:
-    if world == 1:
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def _of_model(model: nn.Module) -> str:

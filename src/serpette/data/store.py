@@ -93,6 +93,12 @@ class ChunkStore:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete that file and run again") from error
 
+    def clear(self) -> None:
+        """Forgets every chunk."""
+        self._memory = {}
+        for path in sorted(self.folder.glob("*[0-9].safetensors")) if self.folder is not None else ():
+            path.unlink()
+
     def exchange(self, numbers: range, world_size: int) -> None:
         """Gives every process the chunks of the others, where they do not share a folder."""
         if self.folder is not None or world_size == 1:

@@ -1,0 +1,380 @@
+r"""TSA: the natural-gradient length of an example in the subspace that LoRA can move in.
+
+    s(z) = g(z)' H^-1 g(z)          g, H: gradient and Fisher matrix of all LoRA factors, K-FAC by layer
+    S_B = tr[ Sd^-1 G A' (A Sx A')^-1 A G' ]      S_A = tr[ (B' Sd B)^-1 B' G Sx^-1 G' B ]
+
+G = sum over tokens of delta x' is one example's gradient of the merged weight, Sx = E[x x'] and
+Sd = E[delta delta'] over tokens. "LoPrune: an efficient data pruning for LoRA-based fine-tuning of vision
+transformer", CVPR 2026, algorithm 1. `tsa` is the mean of S_B and S_A over the layers.
+`tsa_joint` counts what both can reach once: S_A + S_B - |(B' Sd B)^-1/2 B' G A' (A Sx A')^-1/2|^2, the
+exact quadratic form of the layer's tangent space, averaged over the layers.
+
+Differs: the moments are frozen before any example is scored. Those of the paper start at I and move while
+they score, so the score tells the position in the stream (`statistics="paper"` does that). The damping is
+relative to the mean eigenvalue of each factor, since those of Sd are near 1e-5. Tokens of one example are
+summed before they are squared, as a gradient is. S_A is left out of a layer whose B is still 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..lora_gradients import LayerGradients, LoraLayer
+from ..types import EVERY_TASK, Signals
+
+Statistics = Literal["sampled", "two_pass", "running", "paper"]
+WORDS: dict[str, tuple] = {
+    "statistics": ("sampled", "two_pass", "running", "paper"),
+    "normalise": (None, "tokens", "mean_loss"),
+}
+
+
+@dataclass(frozen=True)
+class TSAReading:
+    """The blocks S_B, S_A and what they share, (N, layers, 3); the options are those of `TSA`."""
+
+    statistics: Statistics = "sampled"
+    damping: float = 1e-3
+    sample: int = 1024
+    tokens: int | None = 32
+    beta: float = 0.05
+    refresh: int = 32
+    normalise: Literal["tokens", "mean_loss"] | None = None
+    warmup_steps: int | None = None
+    warmup_learning_rate: float = 1e-3
+    epochs: int = 1
+    share_inputs: bool = True
+
+    def reader(self, layers: Sequence[LoraLayer]) -> TSAReader:
+        """A new reader for the layers of a model."""
+        return TSAReader(self, layers)
+
+
+class TSA:
+    """Natural-gradient length in LoRA's subspace: high = hard, or the example moves the adapter much.
+
+    Needs a peft model with a LoRA that trains. Costs one forward and one backward pass of each example, and
+    the same of the sample for the moments.
+
+    Args:
+        statistics: `"sampled"`: moments over `sample` examples drawn by a hash of their ids, then frozen
+            (default: independent of the order, cheap); `"two_pass"`: over all examples, the reference;
+            `"running"`: a bias-corrected moving average over the examples as they come, for scoring while
+            training: depends on the order; `"paper"`: as printed, for reproduction: biased by position.
+        damping: added to each factor before the projection, relative to its mean eigenvalue; in
+            `"paper"` absolute.
+        joint: count what A and B can both reach once (`tsa_joint`).
+        sample: examples for the moments.
+        tokens: at most so many tokens of an example feed the moments, evenly spaced; None: all. Scores
+            always see all tokens.
+        beta: weight of a new batch in the moving averages.
+        refresh: batches between two factorisations in `"running"` (at first after 1, 2, 4, ... batches).
+        normalise: `"tokens"` divides by the number of tokens, `"mean_loss"` by its square: the loss of
+            a sequence is a sum and favours long ones.
+        warmup_steps: steps of AdamW before the scoring, on a copy of the factors, in batches of 16 in an order
+            by ids; default: 32 if every B is 0, else none. A fresh LoRA has B = 0, and a fresh head knows nothing.
+        warmup_learning_rate: of these steps.
+        epochs: scoring passes, with one epoch of training between two; the score is their mean.
+        share_inputs: layers with one input (q, k, v) share its moments.
+
+    Raises:
+        ValueError: an unknown word, a number out of range.
+
+    Example:
+        >>> TSA(statistics="two_pass", damping=1e-2).reading.damping
+        0.01
+    """
+
+    name = "tsa"
+    needs: frozenset[str] = frozenset()
+    tasks = EVERY_TASK
+
+    def __init__(
+        self,
+        statistics: Statistics = "sampled",
+        damping: float = 1e-3,
+        joint: bool = False,
+        sample: int = 1024,
+        tokens: int | None = 32,
+        beta: float = 0.05,
+        refresh: int = 32,
+        normalise: Literal["tokens", "mean_loss"] | None = None,
+        warmup_steps: int | None = None,
+        warmup_learning_rate: float = 1e-3,
+        epochs: int = 1,
+        share_inputs: bool = True,
+    ):
+        for option, value in (("statistics", statistics), ("normalise", normalise)):
+            if value not in WORDS[option]:
+                raise ValueError(f"{option}={value!r} must be one of {', '.join(map(repr, WORDS[option]))}")
+        for option, value, fine, limit in (
+            ("damping", damping, 0 <= damping < float("inf"), "0 or more; 1e-3 is usual"),
+            ("sample", sample, sample >= 1, "at least 1; 1,024 is usual"),
+            ("tokens", tokens, tokens is None or tokens >= 1, "at least 1, or None for all"),
+            ("beta", beta, 0 < beta <= 1, "in (0, 1]; 0.05 is usual"),
+            ("refresh", refresh, refresh >= 1, "at least 1"),
+            ("warmup_steps", warmup_steps, warmup_steps is None or warmup_steps >= 0, "0 or more, or None"),
+            ("warmup_learning_rate", warmup_learning_rate, warmup_learning_rate > 0, "above 0"),
+            ("epochs", epochs, epochs >= 1, "at least 1"),
+        ):
+            if not fine:
+                raise ValueError(f"{option}={value!r} must be {limit}")
+        self.statistics: Statistics = statistics
+        self.damping, self.joint, self.sample, self.tokens, self.beta = damping, joint, sample, tokens, beta
+        self.refresh, self.normalise, self.epochs, self.share_inputs = (
+            refresh,
+            normalise,
+            epochs,
+            share_inputs,
+        )
+        self.warmup_steps, self.warmup_learning_rate = warmup_steps, warmup_learning_rate
+        self.reading = TSAReading(
+            statistics, damping, sample, tokens, beta, refresh, normalise,
+            warmup_steps, warmup_learning_rate, epochs, share_inputs,
+        )  # fmt: skip
+
+    def __call__(self, signals: Signals) -> Tensor:
+        """(N,) float64; a pure number, the loss cancels in g' H^-1 g."""
+        return blocks_to_score(signals.reading(self.reading, self.name), self.joint)
+
+
+class TSAJoint(TSA):
+    """`TSA(joint=True)`: the exact quadratic form of each layer; high = hard. Options as `TSA`."""
+
+    name = "tsa_joint"
+
+    def __init__(self, statistics: Statistics = "sampled", damping: float = 1e-3, **options: Any):
+        super().__init__(statistics, damping, joint=True, **options)
+
+
+def blocks_to_score(blocks_NL3: Tensor, joint: bool = False) -> Tensor:
+    """(N,) from S_B, S_A and their common part; NaN marks a block that does not exist (B = 0, no gradient)."""
+    S_B, S_A, common = blocks_NL3.double().unbind(2)
+    if joint:
+        return (S_B.nan_to_num(0) + S_A.nan_to_num(0) - common.nan_to_num(0))[:, ~S_B[0].isnan()].mean(1)
+    return torch.cat([S_B, S_A], 1).nanmean(1)
+
+
+class Moments:
+    """E[v v'] over tokens, as sums or as moving averages, and the root of its damped inverse."""
+
+    def __init__(self, size: int, like: Tensor):
+        self.sum = like.new_zeros(size, size)
+        self.weight = 0.0
+        self.root: Tensor | None = None  # W with W W' = damped^-1; None while nothing but zeros was seen
+        self.triangular = True
+
+    def add(self, v_tD: Tensor, beta: float | None = None) -> None:
+        """Counts the tokens v (t, D); with `beta` as a moving average of the batches' means."""
+        if beta is None:
+            self.sum.addmm_(v_tD.mT, v_tD)
+            self.weight += len(v_tD)
+        else:
+            self.sum.mul_(1 - beta).addmm_(v_tD.mT, v_tD, alpha=beta / max(1, len(v_tD)))
+            self.weight = (1 - beta) * self.weight + beta
+
+    def start_at_identity(self) -> None:
+        """As the paper does; a moving average forgets it slowly."""
+        self.sum, self.weight = torch.eye(len(self.sum)).to(self.sum), 1.0
+
+    def factorise(self, damping: float, relative: bool = True) -> None:
+        """Makes `root`."""
+        mean = self.sum / max(self.weight, 1e-30)
+        average = mean.diagonal().mean()
+        if not bool(average > 0):
+            self.root = None
+            return
+        mean.diagonal().add_(damping * average if relative else damping)
+        L, fault = torch.linalg.cholesky_ex(mean)
+        self.triangular = not int(fault)
+        if self.triangular:
+            identity = torch.eye(len(L), dtype=L.dtype, device=L.device)
+            self.root = torch.linalg.solve_triangular(L, identity, upper=False).mT.contiguous()
+        else:
+            self.root = _pseudo_root(mean)
+
+    def projected(self, P_rD: Tensor) -> Tensor:
+        """P damped P' (r, r)."""
+        assert self.root is not None
+        if self.triangular:  # damped = L L' and root = L'^-1, so that P L = (root^-1 P')'
+            Y_Dr = torch.linalg.solve_triangular(self.root, P_rD.mT, upper=True)
+        else:
+            Y_Dr = torch.linalg.pinv(self.root, hermitian=False) @ P_rD.mT
+        return Y_Dr.mT @ Y_Dr
+
+
+def _pseudo_root(matrix: Tensor) -> Tensor:
+    """W (D, D) with W W' the pseudo-inverse of a positive semidefinite matrix."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    held = values > len(values) * torch.finfo(matrix.dtype).eps * values[-1].clamp(min=0)
+    roots = torch.where(held, values.clamp(min=1e-300).rsqrt(), torch.zeros_like(values))
+    return (vectors * roots).to(matrix.dtype)
+
+
+class TSAReader:
+    """Gathers the moments, then reads the blocks of each example; one for each state of the adapter.
+
+    Stages: `"moments"` (not for running statistics, which have none), then `"scores"`.
+    """
+
+    def __init__(self, reading: TSAReading, layers: Sequence[LoraLayer]):
+        self.reading, self.layers = reading, layers
+        self.moving = reading.statistics in ("running", "paper")
+        self.stage = "scores" if self.moving else "moments"
+        self.batches = 0
+        self.input_of = list(range(len(layers)))
+        self.inputs: dict[int, Moments] = {}
+        self.outputs: dict[int, Moments] = {}
+
+    @property
+    def sample(self) -> int | None:
+        """Examples wanted for the moments: a number, None for all; 0 for a reader that has no such stage."""
+        return {"sampled": self.reading.sample, "two_pass": None}.get(self.reading.statistics, 0)
+
+    def begin(self, examples: int, device: torch.device, offsets: Tensor, input_of: Sequence[int]) -> None:
+        """Announces a batch of n examples.
+
+        Args:
+            offsets: (n,) whole numbers, fixed for each example: which tokens feed the moments.
+            input_of: number of each layer's input; empty where it is not known yet.
+        """
+        self.blocks_nL3 = torch.full((examples, len(self.layers), 3), torch.nan, device=device)
+        self.offsets = offsets
+        if self.reading.share_inputs and input_of:
+            self.input_of = list(input_of)
+        self._counted: set[int] = set()
+        self.batches += 1
+
+    def layer(self, seen: LayerGradients) -> None:
+        """One layer's gradients of the batch."""
+        if self.moving or self.stage == "moments":
+            self._count(seen)
+        if self.stage == "scores":
+            if self.moving and self._due():
+                self._factorise(seen.index)
+            self._score(seen)
+
+    def batch(self) -> Tensor:
+        """(n, layers, 3): S_B, S_A and their common part of the batch's examples; NaN where there is none."""
+        return self.blocks_nL3
+
+    def finish(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Ends the stage of the moments.
+
+        Args:
+            reduce: sums a tensor over the processes.
+
+        Raises:
+            ValueError: every gradient was zero.
+        """
+        for moments in (*self.inputs.values(), *self.outputs.values()):
+            if reduce is not None:
+                moments.sum = reduce(moments.sum)
+                moments.weight = float(reduce(torch.tensor(moments.weight, dtype=torch.float64)))
+        for index in range(len(self.layers)):
+            self._factorise(index)
+            for moments in (self.inputs.get(self.input_of[index]), self.outputs.get(index)):
+                if moments is not None:
+                    moments.sum = moments.sum.new_zeros(0)  # the root is enough
+        if all(moments.root is None for moments in self.outputs.values()):
+            raise ValueError(
+                "all gradients of the LoRA factors are zero: the loss does not depend on them, "
+                "or every example is fitted exactly; score an earlier state of the model"
+            )
+        self.stage = "scores"
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors from which `load` goes on."""
+        held = {"batches": torch.tensor(self.batches), "input_of": torch.tensor(self.input_of)}
+        for side, of in (("input", self.inputs), ("output", self.outputs)):
+            for index, m in of.items():
+                held[f"{side}.{index}.sum"] = m.sum
+                held[f"{side}.{index}.about"] = torch.tensor([m.weight, float(m.triangular)]).double()
+                if m.root is not None:
+                    held[f"{side}.{index}.root"] = m.root
+        return held
+
+    def load(self, held: dict[str, Tensor]) -> None:
+        """Takes over the state of another reader of the same reading and layers."""
+        self.batches, self.input_of = int(held["batches"]), held["input_of"].tolist()
+        self.stage = "scores"
+        for side, of in (("input", self.inputs), ("output", self.outputs)):
+            for key in held:
+                if key.startswith(side) and key.endswith(".sum"):
+                    m = of[int(key.split(".")[1])] = Moments(0, held[key])
+                    m.sum, m.root = held[key], held.get(key[:-3] + "root")
+                    m.weight, m.triangular = (
+                        float(held[key[:-3] + "about"][0]),
+                        bool(held[key[:-3] + "about"][1]),
+                    )
+
+    def _due(self) -> bool:
+        k = self.batches
+        paper = self.reading.statistics == "paper"
+        return paper or k & (k - 1) == 0 or k % self.reading.refresh == 0
+
+    def _count(self, seen: LayerGradients) -> None:
+        reading, group = self.reading, self.input_of[seen.index]
+        inputs = self.inputs.setdefault(group, Moments(seen.x_nTI.shape[2], seen.x_nTI))
+        outputs = self.outputs.setdefault(seen.index, Moments(seen.delta_nTO.shape[2], seen.delta_nTO))
+        if reading.statistics == "paper" and not outputs.weight:
+            outputs.start_at_identity()
+            if not inputs.weight:
+                inputs.start_at_identity()
+        chosen_nT = self._chosen(seen)
+        beta = reading.beta if self.moving else None
+        if group not in self._counted:
+            self._counted.add(group)
+            inputs.add(seen.x_nTI[chosen_nT], beta)
+        outputs.add(seen.delta_nTO[chosen_nT], beta)
+
+    def _chosen(self, seen: LayerGradients) -> Tensor:
+        """(n, T) bool: the tokens that feed the moments, at most `tokens` of an example."""
+        n, T = seen.x_nTI.shape[:2]
+        device = seen.x_nTI.device
+        mask_nT = torch.ones(n, T, dtype=torch.bool, device=device) if seen.mask_nT is None else seen.mask_nT
+        if self.reading.tokens is None:
+            return mask_nT
+        place_nT = mask_nT.cumsum(1) - 1  # padding on either side changes nothing
+        stride_n1 = -(-mask_nT.sum(1, keepdim=True) // self.reading.tokens).clamp(max=-1)
+        return mask_nT & ((place_nT + self.offsets.to(device)[:, None]) % stride_n1 == 0)
+
+    def _factorise(self, index: int) -> None:
+        relative = self.reading.statistics != "paper"
+        for moments in (self.inputs.get(self.input_of[index]), self.outputs.get(index)):
+            if moments is not None and (self.moving or moments.root is None):
+                moments.factorise(self.reading.damping, relative)
+
+    def _score(self, seen: LayerGradients) -> None:
+        inputs, outputs = self.inputs.get(self.input_of[seen.index]), self.outputs.get(seen.index)
+        if inputs is None or outputs is None or inputs.root is None or outputs.root is None:
+            return  # no gradient ever reached this layer
+        GA_nOr, BG_nrI = seen.factors()
+        A_rI, B_Or = seen.A_rI, seen.B_Or
+        C_root = _pseudo_root(inputs.projected(A_rI))
+        S_B_n = _squared(C_root.mT @ GA_nOr.mT, outputs.root)
+        blocks_n3 = self.blocks_nL3[:, seen.index]
+        per_n = self._normaliser(seen)
+        blocks_n3[:, 0] = S_B_n * per_n
+        if bool(B_Or.any()):
+            D_root = _pseudo_root(outputs.projected(B_Or.mT))
+            S_A_n = _squared(D_root.mT @ BG_nrI, inputs.root)
+            common_n = (D_root.mT @ seen.both() @ C_root).flatten(1).square().sum(1)
+            blocks_n3[:, 1], blocks_n3[:, 2] = S_A_n * per_n, common_n * per_n
+
+    def _normaliser(self, seen: LayerGradients) -> Tensor | float:
+        if self.reading.normalise is None:
+            return 1.0
+        n, T = seen.x_nTI.shape[:2]
+        T_n = torch.full((n,), T, device=seen.x_nTI.device) if seen.mask_nT is None else seen.mask_nT.sum(1)
+        return T_n.float() ** (-1 if self.reading.normalise == "tokens" else -2)
+
+
+def _squared(rows_nrD: Tensor, root_DD: Tensor) -> Tensor:
+    """(n,) sum over rows of |root' row|^2, in one matrix product for the whole batch."""
+    return (rows_nrD.flatten(0, 1) @ root_DD).reshape(len(rows_nrD), -1).square().sum(1)
