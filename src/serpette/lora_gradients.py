@@ -72,7 +72,7 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
     Example:
         >>> lora_layers(nn.Linear(2, 2))
         Traceback (most recent call last):
-        ValueError: the model (Linear) has no LoRA layer; make one with peft.get_peft_model(model, LoraConfig(...))
+        ValueError: the model (Linear) has no LoRA layer; peft.get_peft_model makes one
     """
     layers = []
     for name, module in model.named_modules():
@@ -83,7 +83,7 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
     if not layers:
         raise ValueError(
             f"the model ({type(model).__name__}) has no LoRA layer; "
-            "make one with peft.get_peft_model(model, LoraConfig(...))"
+            "peft.get_peft_model makes one"
         )
     frozen = [layer.name for layer in layers if not _trains(layer)]
     if frozen:
@@ -159,7 +159,7 @@ class LoraGradients:
 
     @property
     def input_of(self) -> list[int]:
-        """A number for each layer, known after the first forward pass: layers with the same have one input."""
+        """A number for each layer, known after a forward pass: layers with the same number have one input."""
         if not self._input_of and self._inputs:
             unused = len(self.layers)
             self._input_of = [self._inputs.get(i, unused + i) for i in range(len(self.layers))]
@@ -245,7 +245,7 @@ class LoraGradients:
         self.visit(LayerGradients(index, x_nTI, u_nTr, delta_nTO, mask_nT, A_rI, B_Or, layer.scale))
 
     def _tokens(self, value: Tensor) -> Tensor:
-        """(n, T, features) from (n, features), (n, T, features), (n windows, T, features), (n, H, W, features)."""
+        """(n, T, D) from (n, D), (n, T, D), (n windows, T, D) or (n, H, W, D)."""
         value = _wide(value)
         if self.gather is not None:
             flat = value.reshape(-1, value.shape[-1])

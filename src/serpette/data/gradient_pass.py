@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..lora_gradients import LayerGradients, LoraGradients
@@ -35,7 +35,7 @@ FILE = "gradients.safetensors"
 
 @dataclass
 class _State:
-    """The model at one moment of its training: the values of what trains (None: as given), and its readers."""
+    """The model at one moment of its training: values of what trains (None: as given), and readers."""
 
     values: dict[str, Tensor] | None
     readers: dict[Hashable, Any] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class GradientPass:
         """
         if self.moving and world > 1:
             raise ValueError(
-                "statistics='running' and 'paper' depend on the order of the examples and run in one process; "
+                "statistics='running' and 'paper' depend on the order of the examples and need one process; "
                 "use statistics='sampled' in several"
             )
         file = None if folder is None or self.moving else folder / FILE

@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..kfac import Moments, pseudo_root, squared_lengths
 from ..lora_gradients import LayerGradients, LoraLayer
 from ..types import EVERY_TASK, Signals
 
@@ -76,8 +77,8 @@ class TSA:
         refresh: batches between two factorisations in `"running"` (at first after 1, 2, 4, ... batches).
         normalise: `"tokens"` divides by the number of tokens, `"mean_loss"` by its square: the loss of
             a sequence is a sum and favours long ones.
-        warmup_steps: steps of AdamW before the scoring, on a copy of the factors, in batches of 16 in an order
-            by ids; default: 32 if every B is 0, else none. A fresh LoRA has B = 0, and a fresh head knows nothing.
+        warmup_steps: steps of AdamW before the scoring, taken back afterwards, in batches of 16 in an order
+            by ids; default: 32 if every B is 0, else none. A fresh LoRA has B = 0, its head knows nothing.
         warmup_learning_rate: of these steps.
         epochs: scoring passes, with one epoch of training between two; the score is their mean.
         share_inputs: layers with one input (q, k, v) share its moments.
@@ -153,67 +154,11 @@ class TSAJoint(TSA):
 
 
 def blocks_to_score(blocks_NL3: Tensor, joint: bool = False) -> Tensor:
-    """(N,) from S_B, S_A and their common part; NaN marks a block that does not exist (B = 0, no gradient)."""
+    """(N,) from S_B, S_A and their common part; NaN: there is no such block (B = 0, no gradient)."""
     S_B, S_A, common = blocks_NL3.double().unbind(2)
     if joint:
         return (S_B.nan_to_num(0) + S_A.nan_to_num(0) - common.nan_to_num(0))[:, ~S_B[0].isnan()].mean(1)
     return torch.cat([S_B, S_A], 1).nanmean(1)
-
-
-class Moments:
-    """E[v v'] over tokens, as sums or as moving averages, and the root of its damped inverse."""
-
-    def __init__(self, size: int, like: Tensor):
-        self.sum = like.new_zeros(size, size)
-        self.weight = 0.0
-        self.root: Tensor | None = None  # W with W W' = damped^-1; None while nothing but zeros was seen
-        self.triangular = True
-
-    def add(self, v_tD: Tensor, beta: float | None = None) -> None:
-        """Counts the tokens v (t, D); with `beta` as a moving average of the batches' means."""
-        if beta is None:
-            self.sum.addmm_(v_tD.mT, v_tD)
-            self.weight += len(v_tD)
-        else:
-            self.sum.mul_(1 - beta).addmm_(v_tD.mT, v_tD, alpha=beta / max(1, len(v_tD)))
-            self.weight = (1 - beta) * self.weight + beta
-
-    def start_at_identity(self) -> None:
-        """As the paper does; a moving average forgets it slowly."""
-        self.sum, self.weight = torch.eye(len(self.sum)).to(self.sum), 1.0
-
-    def factorise(self, damping: float, relative: bool = True) -> None:
-        """Makes `root`."""
-        mean = self.sum / max(self.weight, 1e-30)
-        average = mean.diagonal().mean()
-        if not bool(average > 0):
-            self.root = None
-            return
-        mean.diagonal().add_(damping * average if relative else damping)
-        L, fault = torch.linalg.cholesky_ex(mean)
-        self.triangular = not int(fault)
-        if self.triangular:
-            identity = torch.eye(len(L), dtype=L.dtype, device=L.device)
-            self.root = torch.linalg.solve_triangular(L, identity, upper=False).mT.contiguous()
-        else:
-            self.root = _pseudo_root(mean)
-
-    def projected(self, P_rD: Tensor) -> Tensor:
-        """P damped P' (r, r)."""
-        assert self.root is not None
-        if self.triangular:  # damped = L L' and root = L'^-1, so that P L = (root^-1 P')'
-            Y_Dr = torch.linalg.solve_triangular(self.root, P_rD.mT, upper=True)
-        else:
-            Y_Dr = torch.linalg.pinv(self.root, hermitian=False) @ P_rD.mT
-        return Y_Dr.mT @ Y_Dr
-
-
-def _pseudo_root(matrix: Tensor) -> Tensor:
-    """W (D, D) with W W' the pseudo-inverse of a positive semidefinite matrix."""
-    values, vectors = torch.linalg.eigh(matrix.double())
-    held = values > len(values) * torch.finfo(matrix.dtype).eps * values[-1].clamp(min=0)
-    roots = torch.where(held, values.clamp(min=1e-300).rsqrt(), torch.zeros_like(values))
-    return (vectors * roots).to(matrix.dtype)
 
 
 class TSAReader:
@@ -356,14 +301,14 @@ class TSAReader:
             return  # no gradient ever reached this layer
         GA_nOr, BG_nrI = seen.factors()
         A_rI, B_Or = seen.A_rI, seen.B_Or
-        C_root = _pseudo_root(inputs.projected(A_rI))
-        S_B_n = _squared(C_root.mT @ GA_nOr.mT, outputs.root)
+        C_root = pseudo_root(inputs.projected(A_rI))
+        S_B_n = squared_lengths(C_root.mT @ GA_nOr.mT, outputs.root)
         blocks_n3 = self.blocks_nL3[:, seen.index]
         per_n = self._normaliser(seen)
         blocks_n3[:, 0] = S_B_n * per_n
         if bool(B_Or.any()):
-            D_root = _pseudo_root(outputs.projected(B_Or.mT))
-            S_A_n = _squared(D_root.mT @ BG_nrI, inputs.root)
+            D_root = pseudo_root(outputs.projected(B_Or.mT))
+            S_A_n = squared_lengths(D_root.mT @ BG_nrI, inputs.root)
             common_n = (D_root.mT @ seen.both() @ C_root).flatten(1).square().sum(1)
             blocks_n3[:, 1], blocks_n3[:, 2] = S_A_n * per_n, common_n * per_n
 
@@ -373,8 +318,3 @@ class TSAReader:
         n, T = seen.x_nTI.shape[:2]
         T_n = torch.full((n,), T, device=seen.x_nTI.device) if seen.mask_nT is None else seen.mask_nT.sum(1)
         return T_n.float() ** (-1 if self.reading.normalise == "tokens" else -2)
-
-
-def _squared(rows_nrD: Tensor, root_DD: Tensor) -> Tensor:
-    """(n,) sum over rows of |root' row|^2, in one matrix product for the whole batch."""
-    return (rows_nrD.flatten(0, 1) @ root_DD).reshape(len(rows_nrD), -1).square().sum(1)

@@ -1,0 +1,73 @@
+r"""Second moments of a layer's inputs or output gradients, damped and inverted: one factor of K-FAC.
+
+    H ~ Sx (x) Sd,    Sx = E[x x'],  Sd = E[delta delta'],    damped: S + lambda tr(S)/D I
+
+Martens and Grosse 2015, arXiv 1503.05671, section 3; the damping is relative to the mean eigenvalue, since
+those of Sd are many orders smaller than those of Sx. Letters: D size of the layer's side, t tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """E[v v'] over tokens, as sums or as moving averages, and the root of its damped inverse."""
+
+    def __init__(self, size: int, like: Tensor):
+        self.sum = like.new_zeros(size, size)
+        self.weight = 0.0
+        self.root: Tensor | None = None  # W with W W' = damped^-1; None while nothing but zeros was seen
+        self.triangular = True
+
+    def add(self, v_tD: Tensor, beta: float | None = None) -> None:
+        """Counts the tokens v (t, D); with `beta` as a moving average of the batches' means."""
+        if beta is None:
+            self.sum.addmm_(v_tD.mT, v_tD)
+            self.weight += len(v_tD)
+        else:
+            self.sum.mul_(1 - beta).addmm_(v_tD.mT, v_tD, alpha=beta / max(1, len(v_tD)))
+            self.weight = (1 - beta) * self.weight + beta
+
+    def start_at_identity(self) -> None:
+        """As the paper does; a moving average forgets it slowly."""
+        self.sum, self.weight = torch.eye(len(self.sum)).to(self.sum), 1.0
+
+    def factorise(self, damping: float, relative: bool = True) -> None:
+        """Makes `root`."""
+        mean = self.sum / max(self.weight, 1e-30)
+        average = mean.diagonal().mean()
+        if not bool(average > 0):
+            self.root = None
+            return
+        mean.diagonal().add_(damping * average if relative else damping)
+        L, fault = torch.linalg.cholesky_ex(mean)
+        self.triangular = not int(fault)
+        if self.triangular:
+            identity = torch.eye(len(L), dtype=L.dtype, device=L.device)
+            self.root = torch.linalg.solve_triangular(L, identity, upper=False).mT.contiguous()
+        else:
+            self.root = pseudo_root(mean)
+
+    def projected(self, P_rD: Tensor) -> Tensor:
+        """P damped P' (r, r)."""
+        assert self.root is not None
+        if self.triangular:  # damped = L L' and root = L'^-1, so that P L = (root^-1 P')'
+            Y_Dr = torch.linalg.solve_triangular(self.root, P_rD.mT, upper=True)
+        else:
+            Y_Dr = torch.linalg.pinv(self.root, hermitian=False) @ P_rD.mT
+        return Y_Dr.mT @ Y_Dr
+
+
+def pseudo_root(matrix: Tensor) -> Tensor:
+    """W (D, D) with W W' the pseudo-inverse of a positive semidefinite matrix."""
+    values, vectors = torch.linalg.eigh(matrix.double())
+    held = values > len(values) * torch.finfo(matrix.dtype).eps * values[-1].clamp(min=0)
+    roots = torch.where(held, values.clamp(min=1e-300).rsqrt(), torch.zeros_like(values))
+    return (vectors * roots).to(matrix.dtype)
+
+
+def squared_lengths(rows_nrD: Tensor, root_DD: Tensor) -> Tensor:
+    """(n,) sum over rows of |root' row|^2, in one matrix product for the whole batch."""
+    return (rows_nrD.flatten(0, 1) @ root_DD).reshape(len(rows_nrD), -1).square().sum(1)
