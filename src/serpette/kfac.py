@@ -68,6 +68,15 @@ def pseudo_root(matrix: Tensor) -> Tensor:
     return (vectors * roots).to(matrix.dtype)
 
 
-def squared_lengths(rows_nrD: Tensor, root_DD: Tensor) -> Tensor:
-    """(n,) sum over rows of |root' row|^2, in one matrix product for the whole batch."""
-    return (rows_nrD.flatten(0, 1) @ root_DD).reshape(len(rows_nrD), -1).square().sum(1)
+def squared_lengths(rows_nrD: Tensor, moments: Moments) -> Tensor:
+    """(n,) sum over the r rows of row' damped^-1 row; one pass of matrix products for the whole batch."""
+    rows, root = rows_nrD.flatten(0, 1), moments.root
+    assert root is not None
+    D = len(root)
+    width = -(-D // 4) if moments.triangular and D >= 256 else D  # below the diagonal there are zeros only
+    total = 0.0
+    for start in range(0, D, width):
+        end = min(start + width, D)
+        used = end if moments.triangular else D
+        total = total + (rows[:, :used] @ root[:used, start:end]).square_().sum(1)
+    return torch.as_tensor(total).reshape(len(rows_nrD), -1).sum(1)

@@ -21,12 +21,18 @@ from torch.nn.functional import pad, unfold
 
 @dataclass
 class LayerGradients:
-    """What one layer saw of a batch; rows that `mask_nT` excludes are zero in x, u and delta."""
+    """What one layer saw of a batch; tokens that `mask_nT` excludes are zero.
+
+    `raw_nTO` and `raw_nTr` are the gradients of the layer's two outputs as the backward pass had them; times
+    `unit` they are delta and B' delta of the summed loss.
+    """
 
     index: int
     x_nTI: Tensor
     u_nTr: Tensor
-    delta_nTO: Tensor  # of the summed loss
+    raw_nTO: Tensor
+    raw_nTr: Tensor
+    unit: float | Tensor
     mask_nT: Tensor | None
     A_rI: Tensor
     B_Or: Tensor
@@ -34,12 +40,17 @@ class LayerGradients:
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """G A^T (n, O, r) and B^T G (n, r, I): the gradients of B and A, each over s."""
-        v_nTr = self.delta_nTO @ self.B_Or
-        return self.delta_nTO.mT @ self.u_nTr, v_nTr.mT @ self.x_nTI
+        AG_nrO = self.u_nTr.mT @ self.raw_nTO * self.unit
+        return AG_nrO.mT, self.raw_nTr.mT @ self.x_nTI * self.unit
 
     def both(self) -> Tensor:
         """B^T G A^T (n, r, r)."""
-        return (self.delta_nTO @ self.B_Or).mT @ self.u_nTr
+        return self.raw_nTr.mT @ self.u_nTr * self.unit
+
+    @property
+    def delta_nTO(self) -> Tensor:
+        """dL/dh of the summed loss."""
+        return self.raw_nTO * self.unit
 
 
 @dataclass
@@ -82,8 +93,7 @@ def lora_layers(model: nn.Module) -> list[LoraLayer]:
                 layers.append(layer)
     if not layers:
         raise ValueError(
-            f"the model ({type(model).__name__}) has no LoRA layer; "
-            "peft.get_peft_model makes one"
+            f"the model ({type(model).__name__}) has no LoRA layer; peft.get_peft_model makes one"
         )
     frozen = [layer.name for layer in layers if not _trains(layer)]
     if frozen:
@@ -184,13 +194,13 @@ class LoraGradients:
         """
         self.examples, self.mask, self.gather, self.loss_scale = examples, mask, gather, loss_scale
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
-        self._done: set[int] = set()
+        self._outputs: dict[int, Tensor | None] = {}
         self._pointers: dict[tuple, int] = {}
         self.active = True
 
     def end(self) -> None:
         """Forgets the batch; hooks do nothing until the next `begin`."""
-        self._seen, self.active = {}, False
+        self._seen, self._outputs, self.active = {}, {}, False
 
     def __enter__(self) -> LoraGradients:
         for index, layer in enumerate(self.layers):
@@ -201,48 +211,64 @@ class LoraGradients:
     def __exit__(self, *error: Any) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._seen, self.active = [], {}, False
+        self._handles = []
+        self.end()
 
     def _input_hook(self, index: int) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            if self.active:
-                x = args[0].detach()
-                self._seen[index] = x, output.detach()
-                key = (x.data_ptr(), x.shape, x.stride())
-                self._inputs[index] = self._pointers.setdefault(key, len(self._pointers))
+            if not self.active:
+                return
+            x = args[0].detach()
+            self._seen[index] = x, output.detach()
+            key = (x.data_ptr(), x.shape, x.stride())
+            self._inputs[index] = self._pointers.setdefault(key, len(self._pointers))
+            if output.requires_grad:  # its gradient comes after that of B's output
+                output.register_hook(lambda gradient: self._arrived(index, gradient))
 
         return hook
 
     def _output_hook(self, index: int) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
             if self.active and output.requires_grad:
-                output.register_hook(lambda gradient: self._arrived(index, gradient))
+                output.register_hook(lambda gradient: self._keep(index, gradient))
 
         return hook
+
+    def _keep(self, index: int, gradient: Tensor) -> None:
+        if self.active and index in self._outputs:
+            raise ValueError(
+                f"the LoRA layer {self.layers[index].name!r} is used more than once in a forward pass; "
+                "leave layers that are shared out of target_modules"
+            )
+        self._outputs[index] = gradient.detach() if self.active else None
 
     def _arrived(self, index: int, gradient: Tensor) -> None:
         if not self.active:
             return
         layer = self.layers[index]
-        if index in self._done:
-            raise ValueError(
-                f"the LoRA layer {layer.name!r} is used more than once in a forward pass; "
-                "leave layers that are shared out of target_modules"
-            )
-        self._done.add(index)
         x, u = self._seen.pop(index)
+        raw = self._outputs[index]
+        self._outputs[index] = None
         x_nTI, u_nTr = self._tokens(_patches(layer.A, x)), self._tokens(_channels_last(u, layer.A))
+        raw_nTO = self._tokens(_channels_last(raw, layer.B))
+        raw_nTr = self._tokens(_channels_last(gradient.detach(), layer.A))
         mask_nT = None
         if self.gather is not None:
             mask_nT = self.gather >= 0
         elif self.mask is not None and self.mask.numel() == x_nTI.shape[0] * x_nTI.shape[1]:
             mask_nT = self.mask.reshape(x_nTI.shape[:2]).bool()
-        delta_nTO = self._tokens(_channels_last(gradient.detach(), layer.B)) / (layer.scale * self.loss_scale)
         if mask_nT is not None:
-            weight_nT1 = mask_nT[..., None].to(x_nTI.dtype)
-            x_nTI, u_nTr, delta_nTO = x_nTI * weight_nT1, u_nTr * weight_nT1, delta_nTO * weight_nT1
+            if bool(mask_nT.all()):
+                mask_nT = None
+            else:
+                weight_nT1 = mask_nT[..., None].to(x_nTI.dtype)
+                x_nTI, u_nTr = x_nTI * weight_nT1, u_nTr * weight_nT1
+                raw_nTO, raw_nTr = raw_nTO * weight_nT1, raw_nTr * weight_nT1
         A_rI, B_Or = layer.factors
-        self.visit(LayerGradients(index, x_nTI, u_nTr, delta_nTO, mask_nT, A_rI, B_Or, layer.scale))
+        unit = 1 / (layer.scale * self.loss_scale)
+        self.visit(
+            LayerGradients(index, x_nTI, u_nTr, raw_nTO, raw_nTr, unit, mask_nT, A_rI, B_Or, layer.scale)
+        )
 
     def _tokens(self, value: Tensor) -> Tensor:
         """(n, T, D) from (n, D), (n, T, D), (n windows, T, D) or (n, H, W, D)."""

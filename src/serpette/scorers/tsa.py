@@ -164,17 +164,24 @@ def blocks_to_score(blocks_NL3: Tensor, joint: bool = False) -> Tensor:
 class TSAReader:
     """Gathers the moments, then reads the blocks of each example; one for each state of the adapter.
 
-    Stages: `"moments"` (not for running statistics, which have none), then `"scores"`.
+    Stages: `"moments"` (not for running statistics, which have none), then `"scores"`. `model_moves`: the
+    factors A and B change between batches, since the model is being trained.
     """
+
+    model_moves = False
 
     def __init__(self, reading: TSAReading, layers: Sequence[LoraLayer]):
         self.reading, self.layers = reading, layers
         self.moving = reading.statistics in ("running", "paper")
+        self.model_moves = self.moving
         self.stage = "scores" if self.moving else "moments"
         self.batches = 0
         self.input_of = list(range(len(layers)))
         self.inputs: dict[int, Moments] = {}
         self.outputs: dict[int, Moments] = {}
+        self._projected: dict[
+            int, tuple[Tensor, Tensor | None]
+        ] = {}  # roots of (A Sx A')^-1 and (B' Sd B)^-1
 
     @property
     def sample(self) -> int | None:
@@ -266,7 +273,7 @@ class TSAReader:
     def _count(self, seen: LayerGradients) -> None:
         reading, group = self.reading, self.input_of[seen.index]
         inputs = self.inputs.setdefault(group, Moments(seen.x_nTI.shape[2], seen.x_nTI))
-        outputs = self.outputs.setdefault(seen.index, Moments(seen.delta_nTO.shape[2], seen.delta_nTO))
+        outputs = self.outputs.setdefault(seen.index, Moments(seen.raw_nTO.shape[2], seen.raw_nTO))
         if reading.statistics == "paper" and not outputs.weight:
             outputs.start_at_identity()
             if not inputs.weight:
@@ -276,7 +283,7 @@ class TSAReader:
         if group not in self._counted:
             self._counted.add(group)
             inputs.add(seen.x_nTI[chosen_nT], beta)
-        outputs.add(seen.delta_nTO[chosen_nT], beta)
+        outputs.add(seen.raw_nTO[chosen_nT] * seen.unit, beta)
 
     def _chosen(self, seen: LayerGradients) -> Tensor:
         """(n, T) bool: the tokens that feed the moments, at most `tokens` of an example."""
@@ -299,18 +306,17 @@ class TSAReader:
         inputs, outputs = self.inputs.get(self.input_of[seen.index]), self.outputs.get(seen.index)
         if inputs is None or outputs is None or inputs.root is None or outputs.root is None:
             return  # no gradient ever reached this layer
+        if self.model_moves or seen.index not in self._projected:
+            D_root = None if not bool(seen.B_Or.any()) else pseudo_root(outputs.projected(seen.B_Or.mT))
+            self._projected[seen.index] = pseudo_root(inputs.projected(seen.A_rI)), D_root
+        C_root, D_root = self._projected[seen.index]
         GA_nOr, BG_nrI = seen.factors()
-        A_rI, B_Or = seen.A_rI, seen.B_Or
-        C_root = pseudo_root(inputs.projected(A_rI))
-        S_B_n = squared_lengths(C_root.mT @ GA_nOr.mT, outputs.root)
         blocks_n3 = self.blocks_nL3[:, seen.index]
         per_n = self._normaliser(seen)
-        blocks_n3[:, 0] = S_B_n * per_n
-        if bool(B_Or.any()):
-            D_root = pseudo_root(outputs.projected(B_Or.mT))
-            S_A_n = squared_lengths(D_root.mT @ BG_nrI, inputs.root)
-            common_n = (D_root.mT @ seen.both() @ C_root).flatten(1).square().sum(1)
-            blocks_n3[:, 1], blocks_n3[:, 2] = S_A_n * per_n, common_n * per_n
+        blocks_n3[:, 0] = squared_lengths(C_root.mT @ GA_nOr.mT, outputs) * per_n
+        if D_root is not None:
+            blocks_n3[:, 1] = squared_lengths(D_root.mT @ BG_nrI, inputs) * per_n
+            blocks_n3[:, 2] = (D_root.mT @ seen.both() @ C_root).flatten(1).square().sum(1) * per_n
 
     def _normaliser(self, seen: LayerGradients) -> Tensor | float:
         if self.reading.normalise is None:
