@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +23,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ..lora_gradients import LayerGradients, LoraGradients
+from ..registry import near
 from ..types import Task, uniform_of
 from .examples import Examples, check_labels
-from .features import Reader
 from .store import write_atomic
 
 WARMUP_STEPS = 32  # of a fresh LoRA: the head has left chance and every B is away from 0
@@ -45,7 +45,7 @@ class GradientPass:
     """Runs batches forward and backward; a context manager that leaves the model as it was.
 
     Args:
-        reader: of the model, which has a LoRA that trains.
+        reader: a `Reader` or `LanguageReader` of the model, which has a LoRA that trains.
         readings: of the scorers, see `serpette.types.Reading`.
         precision: autocast, e.g. to `torch.bfloat16`; the readings are float32 all the same.
 
@@ -55,7 +55,7 @@ class GradientPass:
 
     def __init__(
         self,
-        reader: Reader,
+        reader: Any,
         readings: Sequence[Any],
         task: Task,
         outputs: int,
@@ -120,6 +120,7 @@ class GradientPass:
         start = time.perf_counter()
         for state in self.states:
             self._gather_moments(state, examples, batch_size, rank, world)
+            self._read_targets(state, examples, batch_size, rank, world)
         self.seconds["moments"] = time.perf_counter() - start
         if file is not None and rank == 0:
             self._save(file)
@@ -172,7 +173,7 @@ class GradientPass:
                     reader.begin(len(ids), self.reader.device, offsets, self.hooks.input_of)
                 losses_n.sum().backward()  # a sum: a mean would make the gradient depend on the batch
         self.hooks.end()
-        return (features, None if logits is None else logits.detach()), fine_n.cpu()
+        return (features.detach(), None if logits is None else logits.detach()), fine_n.cpu()
 
     def _visit(self, seen: LayerGradients) -> None:
         with torch.no_grad():
@@ -239,16 +240,38 @@ class GradientPass:
             }
             rows = np.sort(order[:number])
             parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-            for part in parts[rank::world]:
-                good, inputs, labels, _ = examples.read(part.tolist())
-                while good:  # without those whose loss is not finite: their gradients would spoil the moments
-                    _, fine_n = self._backward(state, inputs, labels, examples.ids[good])
-                    if bool(fine_n.all()):
-                        break
-                    good, inputs, labels = only(fine_n, good, inputs, labels)
+            for _ in self._batches(state, examples, parts[rank::world]):
+                pass
             for reader in state.readers.values():
                 reader.finish(_summed if world > 1 else None)
         state.readers = readers
+
+    def _read_targets(
+        self, state: _State, examples: Examples, batch_size: int, rank: int, world: int
+    ) -> None:
+        """The examples that the others are to be like, for the readers that have some."""
+        readers = state.readers
+        for reading, reader in readers.items():
+            if getattr(reader, "target", None) is None:
+                continue
+            of, rows = targets_of(reading, examples)
+            state.readers = {reading: reader}
+            parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+            for _ in self._batches(state, of, parts[rank::world]):
+                reader.count_targets()
+            reader.finish_targets(_summed if world > 1 else None)
+        state.readers = readers
+
+    def _batches(self, state: _State, examples: Examples, parts: Sequence[Any]) -> Iterator[None]:
+        """Reads `parts` of the rows, without examples whose loss is not finite; stops after each batch."""
+        for part in parts:
+            good, inputs, labels, _ = examples.read([int(row) for row in part])
+            while good:
+                _, fine_n = self._backward(state, inputs, labels, examples.ids[good])
+                if bool(fine_n.all()):
+                    yield
+                    break
+                good, inputs, labels = only(fine_n, good, inputs, labels)
 
     def _save(self, file: Path) -> None:
         tensors: dict[str, Tensor] = {}
@@ -285,8 +308,13 @@ class GradientPass:
 
 
 def losses_of(logits: Tensor | None, labels: Sequence, ids: np.ndarray, outputs: int, task: Task) -> Tensor:
-    """(n,) loss of each example: cross-entropy, or the squared error in a regression."""
+    """(n,) loss of each example: cross-entropy, squared error, or the sum over the response tokens.
+
+    The `logits` (n, 2) of a causal LM are the mean loss of the response tokens and their number.
+    """
     assert logits is not None, "a model with LoRA and no head has no loss"
+    if task == "causal-lm":
+        return logits.float().prod(1)
     y = check_labels(labels, ids, outputs, task).to(logits.device)
     if task == "regression":
         return (logits.float().squeeze(-1) - y).square()
@@ -303,6 +331,39 @@ def only(
         {name: value[keep_n] for name, value in inputs.items()},
         [label for label, fine in zip(labels, kept, strict=True) if fine],
     )
+
+
+def targets_of(reading: Any, examples: Examples) -> tuple[Examples, list[int]]:
+    """Where the targets of a reading are: the examples themselves or another data set, and the rows.
+
+    Raises:
+        ValueError: an id that is not among the examples, a data set that cannot be opened.
+    """
+    if isinstance(reading.target, str):
+        from .sources import open_dataset
+
+        data = open_dataset(
+            reading.target, reading.target_split, limit=reading.target_limit, seed=reading.seed
+        )
+        of = Examples(
+            data,
+            processing_class=examples.processing_class,
+            data_collator=examples.data_collator,
+            label_column=None if examples.task == "causal-lm" else examples.label_column,
+            max_length=examples.max_length,
+            task=examples.task,
+        )
+        of.accepted = examples.accepted
+        return of, list(range(len(of)))
+    row_of = {str(name): row for row, name in enumerate(examples.ids)}
+    strange = [name for name in reading.target if name not in row_of]
+    if strange:
+        raise ValueError(
+            f"target id {strange[0]!r} is not among the examples{near(strange[0], row_of)}"
+            if len(row_of) < 1000
+            else f"target id {strange[0]!r} is not among the {len(row_of)} examples"
+        )
+    return examples, [row_of[name] for name in reading.target]
 
 
 def _summed(value: Tensor) -> Tensor:
