@@ -351,7 +351,7 @@ def targets_of(reading: Any, examples: Examples) -> tuple[Examples, list[int]]:
             data_collator=examples.data_collator,
             label_column=None if examples.task == "causal-lm" else examples.label_column,
             max_length=examples.max_length,
-            task=examples.task,
+            task=examples.task,  # type: ignore[arg-type] - set by `observe`
         )
         of.accepted = examples.accepted
         return of, list(range(len(of)))

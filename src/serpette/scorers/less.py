@@ -169,7 +169,7 @@ class LESSReader:
         self.direction = held["direction"]
 
     def _unit_gradients(self) -> Tensor:
-        """(n, D) projected gradients at length 1; layers without a gradient are left out, everywhere alike."""
+        """(n, D) projected gradients at length 1, without the layers that have none in any example."""
         flat = torch.cat([self._parts[index] for index in sorted(self._parts)], 1)
         return flat / flat.norm(dim=1, keepdim=True).clamp(min=1e-30)
 
