@@ -14,16 +14,17 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import nn
 from torch.nn.utils import prune
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # timing.py, shared by the benchmarks
+
+from timing import Decoded, console, interleaved, timed
 
 import serpette
 from serpette import zoo
@@ -45,60 +46,6 @@ PAPER = {
     "el2n_seconds": 4051,
     "one_shot_over_dlc": 35,
 }
-console = Console()
-
-
-class Decoded(torch.utils.data.Dataset):
-    """Images decoded once: rows of `pixel_values` and `labels`, for pure compute."""
-
-    def __init__(self, entry: str, images: int, image_size: int):
-        self.encoded = zoo.load_dataset("fashion-mnist", limit=images)
-        self.processor = zoo.load_processor(entry, image_size=image_size)
-        _, inputs, self.targets, _ = Examples(self.encoded, processing_class=self.processor).read(
-            range(images)
-        )
-        self.pixel_values = inputs["pixel_values"]
-
-    def __len__(self) -> int:
-        return len(self.targets)
-
-    def __getitem__(self, i: int) -> dict[str, Any]:
-        return {"pixel_values": self.pixel_values[i], "labels": self.targets[i]}
-
-
-def timed(work: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    clock, processor = time.perf_counter(), time.process_time()
-    result = work()
-    return {"clock": time.perf_counter() - clock, "processor": time.process_time() - processor}, result
-
-
-def interleaved(
-    a: Callable[[], Any], b: Callable[[], Any], keep: Callable[[int], Path], pairs: int
-) -> dict[str, Any]:
-    """Ratios a / b of `pairs` pairs; a pair that was taken before is read from its file `keep(number)`."""
-    taken = []
-    for number in range(pairs):
-        file = keep(number)
-        if not file.exists():
-            first, second = (a, b) if number % 2 == 0 else (b, a)
-            one, two = timed(first)[0], timed(second)[0]
-            write_json(file, dict(zip("ab" if number % 2 == 0 else "ba", (one, two), strict=True)))
-        taken.append(json.loads(file.read_text()))
-        console.print(
-            f"  {file.stem}: {ratio(taken[-1:], 'clock')['median']:.3f} by the clock", highlight=False
-        )
-    return {kind: ratio(taken, kind) for kind in ("clock", "processor")} | {"pairs": taken}
-
-
-def ratio(pairs: list[dict], kind: str) -> dict[str, float]:
-    ratios = [pair["a"][kind] / pair["b"][kind] for pair in pairs]
-    return {
-        "median": statistics.median(ratios),
-        "least": min(ratios),
-        "most": max(ratios),
-        "a_seconds": statistics.median(p["a"][kind] for p in pairs),
-        "b_seconds": statistics.median(p["b"][kind] for p in pairs),
-    }
 
 
 def bare_passes(model: nn.Module, images: torch.Tensor, passes: int, batch_size: int = 64) -> None:
