@@ -14,7 +14,7 @@ from serpette.data.selectors.mixed_flexible import MixedFlexible
 from serpette.data.selectors.random import Random
 from serpette.data.selectors.top import TopEasy, TopFlexible, TopHard
 
-NAMES = "ccs diverse_easy dq flex_rand mixed_flexible random top_easy top_flexible top_hard".split()
+NAMES = "beta ccs d2 diverse_easy dq flex_rand mixed_flexible random top_easy top_flexible top_hard".split()
 
 
 def seeded(seed=0):

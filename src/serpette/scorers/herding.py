@@ -3,7 +3,7 @@ r"""Herding: follow the class mean.
     next = argmin_x || (t + 1) mu - sum of the t selected - x ||
 
 Welling 2009, "Herding dynamical weights to learn"; used for exemplars by Rebuffi et al. 2017 (iCaRL),
-arXiv 1611.07725, algorithm 4. Each class has its own mean; a regression has one group.
+arXiv 1611.07725, algorithm 4. Each class has its own mean; without classes there is one group.
 Differs: `compat=True` takes the argmax. A widespread library of baselines does, and the figures that
 papers print for "herding" come from it.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import ANY_TASK, Signals, uniform_of
+from ..types import EVERY_TASK, Signals, uniform_of
 
 
 class Herding:
@@ -32,7 +32,8 @@ class Herding:
 
     name = "herding"
     needs = frozenset({"embeddings", "labels"})
-    tasks = ANY_TASK
+    tasks = EVERY_TASK
+    turns_within_class = True
 
     def __init__(self, compat: bool = False, picks: int | None = None):
         if picks is not None and picks < 1:
@@ -41,7 +42,9 @@ class Herding:
 
     def __call__(self, signals: Signals) -> Tensor:
         """(N,) float64, 0, -1, -2 ... in each class. Memory O(n_c D)."""
-        x_ND, y_N = signals.require("embeddings", self.name), signals.require("labels", self.name)
+        x_ND, y_N = signals.require("embeddings", self.name), torch.zeros(len(signals))
+        if signals.task != "causal-lm":
+            y_N = signals.require("labels", self.name)
         order = uniform_of(signals.ids, signals.seed).argsort()  # of ties, the smallest hash is picked
         group_N = y_N[order] if signals.task == "classification" else torch.zeros(len(order))
         scores_N = torch.empty(len(order), dtype=torch.float64)
