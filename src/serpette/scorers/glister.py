@@ -28,7 +28,7 @@ class GLISTER:
     """Minus the turn at which an example was picked: high (0) = picked sooner.
 
     Args:
-        validation: share of the examples that are V, in (0, 1); 0.1 as in the paper.
+        validation: share of the examples that are V, in (0, 1); 0.1 leaves nine tenths to choose from.
         step: eta in units of 1 / mean(1 + ||h||^2), so that 1 moves a logit by about one error.
         rounds: the model steps after every N / rounds picks. Each costs O(N C D).
         picks: stop after so many; the others follow in the order in which they suit the next turn.

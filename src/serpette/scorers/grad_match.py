@@ -26,7 +26,7 @@ class GradMatch:
     """Minus the turn at which an example was picked within its class: high (0) = picked sooner.
 
     Args:
-        penalty: lambda; 0.5 as in the authors' scripts, which keeps single weights from growing.
+        penalty: lambda; 0.5 keeps single weights from growing.
         picks: stop after so many in each class, for large data (a turn costs O(n_c C D)); the others
             follow in the order in which they suit the next turn. Default: every example is picked.
         support: picks whose weights are solved for together; 1,000 need 8 MB.

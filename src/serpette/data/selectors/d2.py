@@ -22,9 +22,9 @@ class D2:
     """Scores are taken as high = hard.
 
     Args:
-        neighbours: k of the graph; the authors' scripts have 10.
-        gamma: how fast a message fades with distance, forward; 1 as in the authors' scripts.
-        gamma_back: the same for what a pick takes back; the paper searches it, 1 is the middle.
+        neighbours: k of the graph; 10 is a usual size.
+        gamma: how fast a message fades with distance, forward; 1 = by e at the median distance.
+        gamma_back: the same for what a pick takes back; 1 as for the way forward.
 
     Raises:
         ValueError: `neighbours` below 1, a gamma below 0; called without embeddings.
