@@ -11,37 +11,42 @@ import torch
 from serpette.scorers import registry as scorers
 from serpette.types import PathFeatures, Signals
 
-OBSERVED = ("labels", "embeddings", "logits", "early_logits", "history")
+LANGUAGE = ("response_losses", "answer_losses")  # signals that only a causal LM has
+OBSERVED = ("labels", "embeddings", "logits", "early_logits", "history", *LANGUAGE)
 
 
 def make_signals(task="classification", n=24, seed=0, path=None, reading=None) -> Signals:
     """Every signal of n examples, 3 classes; `path` adds features along that PathSpec, in two chunks,
-    `reading` three numbers for each of four LoRA layers."""
+    `reading` three numbers for each of four LoRA layers. A causal LM has no labels and no logits."""
     g = torch.Generator().manual_seed(seed)
     C, D, S, T = 3, 5, 2, 6
-    classes = task == "classification"
+    classes, language = task == "classification", task == "causal-lm"
     labels = torch.arange(n) % C if classes else torch.randn(n, generator=g)
     width = C if classes else 1
     centre = labels[:, None].float()
     x_ND = centre + torch.randn(n, D, generator=g)
     paths = {}
     if path is not None:
-        noise = [x_ND + i * torch.randn(n, D, generator=g) for i in range(len(path.points))]
+        start = x_ND[:, :1].abs() if language else x_ND
+        noise = [start + i * torch.randn(start.shape, generator=g) for i in range(len(path.points))]
         f_PND = torch.stack(noise)
         cut = n // 3
         chunks = [(torch.arange(n)[:cut], f_PND[:, :cut]), (torch.arange(n)[cut:], f_PND[:, cut:])]
         paths[path] = PathFeatures(path.points, chunks)
     return Signals(
         ids=np.array([f"example-{i}" for i in range(n)]),
-        labels=labels,
+        labels=None if language else labels,
         num_classes=C if classes else 0,
         embeddings=x_ND,
-        logits=torch.randn(n, width, generator=g) * 2,
-        early_logits=torch.randn(S, n, width, generator=g) * 2,
-        history=torch.randn(T, n, width, generator=g) * 2,
+        logits=None if language else torch.randn(n, width, generator=g) * 2,
+        early_logits=None if language else torch.randn(S, n, width, generator=g) * 2,
+        history=None if language else torch.randn(T, n, width, generator=g) * 2,
+        response_losses=torch.rand(n, generator=g) * 4 if language else None,
+        answer_losses=torch.rand(n, generator=g) * 4 if language else None,
         paths=paths,
         readings={} if reading is None else {reading: torch.rand(n, 4, 3, generator=g)},
         seed=seed,
+        task=task,
     )
 
 
@@ -58,18 +63,20 @@ def check_scorer(name: str, task: str):
     assert isinstance(scorer.needs, frozenset) and scorer.needs <= {f.name for f in fields(Signals)}
     assert scorer.tasks and scorer.tasks <= {"classification", "regression", "causal-lm"}
     if task not in scorer.tasks:
-        with pytest.raises(ValueError, match="regression"):
+        with pytest.raises(ValueError, match=task):
             scorer(signals)
         return
 
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    inputs = [getattr(signals, f).clone() for f in OBSERVED]
+    observed = [f for f in OBSERVED if getattr(signals, f) is not None]
+    needs = {f for f in scorer.needs if f in observed or f not in OBSERVED}  # those that the task has
+    inputs = [getattr(signals, f).clone() for f in observed]
     scores = scorer(signals)
     assert scores.shape == (len(signals),), "one score an example"
     assert scores.is_floating_point() and torch.isfinite(scores).all()
     assert torch.equal(before[0], torch.get_rng_state()), "global torch seed touched"
     assert (before[1] == np.random.get_state()[1]).all(), "global numpy seed touched"
-    for f, value in zip(OBSERVED, inputs, strict=True):
+    for f, value in zip(observed, inputs, strict=True):
         assert torch.equal(value, getattr(signals, f)), f"{f} was changed in place"
     assert torch.equal(scores, scorer(signals)), "the same signals, other scores"
 
@@ -83,7 +90,7 @@ def check_scorer(name: str, task: str):
         if f not in scorer.needs:
             bare = without(bare, f)
     assert torch.equal(scorer(bare), scores)
-    for need in scorer.needs | ({"paths"} if path else set()) | ({"readings"} if reading else set()):
+    for need in needs | ({"paths"} if path else set()) | ({"readings"} if reading else set()):
         with pytest.raises(ValueError, match=need.rstrip("s")) as error:
             scorer(without(signals, need))
         assert name in str(error.value)

@@ -11,7 +11,7 @@ import pytest
 
 SRC = Path(__file__).parents[1] / "src" / "serpette"
 
-GROUND = {"types", "registry", "masking", "prototypes", "lora_gradients", "greedy"}
+GROUND = {"types", "registry", "masking", "prototypes", "lora_gradients", "kfac", "greedy"}
 # What each room may import of the house; a room that is not in the plan fails below.
 PLAN = {
     "types": set(),
@@ -19,6 +19,7 @@ PLAN = {
     "masking": {"types"},
     "prototypes": {"types"},
     "lora_gradients": set(),
+    "kfac": set(),
     "greedy": set(),
     "scorers": GROUND,
     "importance": GROUND,
@@ -31,6 +32,8 @@ PLAN = {
     "rows": GROUND | {"importance", "cost"},
     "weights": GROUND | {"importance", "cost"},
     "recipe": {"registry", "scorers", "data", "importance"},  # it checks the names of methods
+    "scoring": GROUND | {"data", "tuning"},
+    "arms": GROUND | {"data", "evaluate"},
     "doctor": {"zoo"},
 }
 PLAN["pipeline"] = set(PLAN) - {"doctor"}

@@ -177,10 +177,12 @@ class Signals:
 class Scorer(Protocol):
     """Value of each example. Higher = harder, or picked sooner.
 
-    `needs` names fields of `Signals`; `tasks` says where the method has a meaning. A scorer never
-    depends on the order of the examples. A scorer with a `path` (PathSpec) also has
+    `needs` names fields of `Signals`, of which those count that the task has: labels and logits are not
+    missed in a causal LM, response losses nowhere else. `tasks` says where the method has a meaning. A scorer
+    never depends on the order of the examples. A scorer with a `path` (PathSpec) also has
     `along_path(signals) -> (P, N)`, and its score is the mean of that over the points. A scorer with a
-    `reading` (see `Reading`) scores what that read off the backward pass of a LoRA model.
+    `reading` (see `Reading`) scores what that read off the backward pass of a LoRA model. A scorer with a
+    `model` that is not None is given the signals of that model.
     """
 
     name: str

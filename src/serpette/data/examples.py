@@ -1,7 +1,8 @@
 """Whatever holds examples, behind one face: stable ids, labels, and batches of model inputs.
 
 Rows may be model-ready dicts (`pixel_values`, `input_ids`: what a Trainer takes), rows with an image
-or a text (a processing class turns them into inputs), or (x, y) pairs of a torch `Dataset`.
+or a text (a processing class turns them into inputs), or (x, y) pairs of a torch `Dataset`. For a causal
+language model they hold chats, instructions or text (`serpette.data.instructions`).
 """
 
 from __future__ import annotations
@@ -18,15 +19,14 @@ import torch
 from torch import Tensor
 
 from ..types import Task
+from . import instructions
+from .instructions import BadExample
 
 LABEL_COLUMNS = ("labels", "label", "target", "rating", "class")
-TEXT_COLUMNS = ("text", "sentence", "content", "document", "review")
+TEXT_COLUMNS = instructions.TEXTS
 ID_COLUMN = "id"
 READY = ("pixel_values", "input_ids", "inputs_embeds")
-
-
-class BadExample(ValueError):
-    """One example that cannot be read; `observe` sets it aside or raises it."""
+MAX_LENGTH = 128  # tokens a text is cut to by default, outside causal language models: a few sentences
 
 
 class Examples:
@@ -38,10 +38,17 @@ class Examples:
         data_collator: turns a list of model-ready rows into a batch; default: stack the tensors.
         label_column, id_column: default: found by name (`label`, `labels`, ... and `id`).
             Without an id column the id is the row's number.
-        max_length: tokens a text is cut to.
+        max_length: tokens a text is cut to; default: 128, and 1024 in a causal language model.
+        task: `"causal-lm"` reads instructions, chats and text as tokens with `labels` among the inputs, -100
+            where there is no response; `observe` sets it. Otherwise it has no meaning here.
 
     Raises:
         ValueError: empty data set, ids that are not unique, no label column.
+
+    Example: batches of a causal language model, also for a Trainer with the rows' numbers as its data set
+        >>> rows = Examples([{"input_ids": [1, 5, 9], "labels": [-100, 5, 9]}] * 4, task="causal-lm")
+        >>> rows.read([0, 2])[1]["labels"].tolist()
+        [[-100, 5, 9], [-100, 5, 9]]
     """
 
     def __init__(
@@ -52,7 +59,8 @@ class Examples:
         data_collator: Any = None,
         label_column: str | None = None,
         id_column: str | None = None,
-        max_length: int = 128,
+        max_length: int | None = None,
+        task: Task | None = None,
     ):
         if isinstance(dataset, (str, Mapping)):
             what = repr(dataset) if isinstance(dataset, str) else f"a {type(dataset).__name__}"
@@ -68,7 +76,7 @@ class Examples:
         if len(dataset) == 0:
             raise ValueError("dataset is empty: 0 examples; check the split, the filter and limit")
         self.dataset, self.processing_class, self.data_collator = dataset, processing_class, data_collator
-        self.max_length = max_length
+        self._max_length, self.task = max_length, task
         self.columns = list(dataset.column_names) if isinstance(dataset, datasets.Dataset) else []
         self.label_column = label_column or _first(LABEL_COLUMNS, self.columns)
         if label_column and self.columns and label_column not in self.columns:
@@ -86,6 +94,20 @@ class Examples:
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def max_length(self) -> int:
+        default = instructions.MAX_LENGTH if self.task == "causal-lm" else MAX_LENGTH
+        return default if self._max_length is None else self._max_length
+
+    @property
+    def has_instructions(self) -> bool:
+        """Whether the columns hold chats, instructions or text for a causal language model, and no label."""
+        form = instructions.find_format(self.columns)
+        if form is None or form.kind != "tokens":
+            return form is not None and self.label_column is None
+        labels = self.dataset.features.get(form.response)  # token by token, or one a row?
+        return labels is not None and not isinstance(labels, (datasets.Value, datasets.ClassLabel))
 
     def _read_ids(self, id_column: str | None) -> np.ndarray:
         column = id_column or (ID_COLUMN if ID_COLUMN in self.columns else None)
@@ -148,6 +170,8 @@ class Examples:
     def read(self, rows: Sequence[int]) -> tuple[list[int], dict[str, Tensor], list, dict[str, str]]:
         """Decodes `rows`: (rows that could be read, inputs of the model, raw labels, {id: reason}).
 
+        In a causal language model the inputs hold the `labels` of the tokens, and the raw labels are None.
+
         Raises:
             ValueError: NaN or infinity in the input of an example, which is named.
         """
@@ -188,6 +212,14 @@ class Examples:
 
     def _decode(self, item: Any) -> tuple[Any, Any]:
         """(what `_collate` takes, label)."""
+        if self.task == "causal-lm":
+            if not isinstance(item, dict):
+                raise ValueError(
+                    f"a row of a causal language model must be a dict, got {type(item).__name__}"
+                )
+            if self.data_collator is not None:
+                return self._unused_removed(item), None
+            return instructions.encode(item, self.processing_class, self.max_length), None
         if isinstance(item, (tuple, list)):
             if len(item) != 2:
                 raise ValueError(f"a torch Dataset must give (x, y) pairs or dicts, got {len(item)} values")
@@ -243,6 +275,8 @@ class Examples:
             batch = self.data_collator(items)
             if isinstance(batch, (tuple, list)):
                 batch = {"x": batch[0]}
+        elif self.task == "causal-lm":
+            batch = instructions.collate(items, instructions.padding_of(self.processing_class))
         elif isinstance(first, str):
             batch = self.processing_class(
                 items, padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
@@ -257,7 +291,9 @@ class Examples:
         return {
             k: v
             for k, v in dict(batch).items()
-            if torch.is_tensor(v) and "label" not in k and (names is None or k == "x" or k in names)
+            if torch.is_tensor(v)
+            and ("label" not in k or (k == "labels" and self.task == "causal-lm"))
+            and (names is None or k == "x" or k in names)
         }
 
     def _collate_ready(self, items: list[dict]) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,16 +74,18 @@ class GradientPass:
         self._given = {name: p.detach().clone() for name, p in self.trained.items()}
         self._gradients = {name: p.grad for name, p in self.trained.items()}
         self._checkpointed = [
-            m for m in self.reader.model.modules() if getattr(m, "gradient_checkpointing", False) is True
+            (m, m._gradient_checkpointing_func) for m in self.reader.model.modules() if _is_checkpointed(m)
         ]
-        for module in self._checkpointed:  # which transformers does in training mode only; dropout stays off
-            module.training = True
+        for module, checkpoint in self._checkpointed:
+            module._gradient_checkpointing_func = _in_evaluation_mode(module, checkpoint)
         self.hooks.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         self.hooks.__exit__(*error)
         self._put(None)
+        for module, checkpoint in self._checkpointed:
+            module._gradient_checkpointing_func = checkpoint
         for name, parameter in self.trained.items():
             parameter.grad = self._gradients[name]
 
@@ -163,8 +165,7 @@ class GradientPass:
         for parameter in self.trained.values():
             parameter.grad = None
         with torch.enable_grad():
-            with self._autocast():
-                features, logits = self.reader(inputs)
+            features, logits = self._forward(inputs)
             losses_n = losses_of(logits, labels, ids, self.outputs, self.task)
             fine_n = torch.isfinite(losses_n.detach())
             if bool(fine_n.all()):
@@ -174,6 +175,17 @@ class GradientPass:
                 losses_n.sum().backward()  # a sum: a mean would make the gradient depend on the batch
         self.hooks.end()
         return (features.detach(), None if logits is None else logits.detach()), fine_n.cpu()
+
+    def _forward(self, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Features and logits with their graph, in a model that checkpoints if it was told to."""
+        for module, _ in self._checkpointed:  # transformers does so in training mode only
+            module.training = True
+        try:
+            with self._autocast():
+                return self.reader(inputs)
+        finally:
+            for module, _ in self._checkpointed:
+                module.training = False
 
     def _visit(self, seen: LayerGradients) -> None:
         with torch.no_grad():
@@ -212,16 +224,17 @@ class GradientPass:
         parts = [order[i : i + WARMUP_BATCH] for i in range(0, len(order), WARMUP_BATCH)]
         for step in range(steps):
             rows, inputs, labels, _ = examples.read(parts[step % len(parts)].tolist())
-            if not rows:
-                continue
-            optimizer.zero_grad()
-            with torch.enable_grad(), self._autocast():
-                _, logits = self.reader(inputs)
-                losses_n = losses_of(logits, labels, examples.ids[rows], self.outputs, self.task)
-            finite_n = torch.isfinite(losses_n.detach())
-            if finite_n.any():
-                losses_n[finite_n].mean().backward()
-                optimizer.step()
+            while rows:
+                optimizer.zero_grad()
+                with torch.enable_grad():
+                    _, logits = self._forward(inputs)
+                    losses_n = losses_of(logits, labels, examples.ids[rows], self.outputs, self.task)
+                fine_n = torch.isfinite(losses_n.detach()).cpu()
+                if bool(fine_n.all()):
+                    losses_n.mean().backward()
+                    optimizer.step()
+                    break
+                rows, inputs, labels = only(fine_n, rows, inputs, labels)  # 0 times NaN is NaN
 
     def _gather_moments(
         self,
@@ -240,10 +253,11 @@ class GradientPass:
             }
             rows = np.sort(order[:number])
             parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-            for _ in self._batches(state, examples, parts[rank::world]):
+            mine, reduce = _share(parts, rank, world)
+            for _ in self._batches(state, examples, mine):
                 pass
             for reader in state.readers.values():
-                reader.finish(_summed if world > 1 else None)
+                reader.finish(reduce)
         state.readers = readers
 
     def _read_targets(
@@ -257,9 +271,10 @@ class GradientPass:
             of, rows = targets_of(reading, examples)
             state.readers = {reading: reader}
             parts = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
-            for _ in self._batches(state, of, parts[rank::world]):
+            mine, reduce = _share(parts, rank, world)
+            for _ in self._batches(state, of, mine):
                 reader.count_targets()
-            reader.finish_targets(_summed if world > 1 else None)
+            reader.finish_targets(reduce)
         state.readers = readers
 
     def _batches(self, state: _State, examples: Examples, parts: Sequence[Any]) -> Iterator[None]:
@@ -364,6 +379,34 @@ def targets_of(reading: Any, examples: Examples) -> tuple[Examples, list[int]]:
             else f"target id {strange[0]!r} is not among the {len(row_of)} examples"
         )
     return examples, [row_of[name] for name in reading.target]
+
+
+def _share(parts: list, rank: int, world: int) -> tuple[list, Callable[[Tensor], Tensor] | None]:
+    """The parts of this process, and how to sum over processes; too few parts for all: each does them all."""
+    if world == 1 or len(parts) < world:
+        return parts, None
+    return parts[rank::world], _summed
+
+
+def _is_checkpointed(module: Any) -> bool:
+    kinds = {kind.__name__ for kind in type(module).__mro__}
+    return "GradientCheckpointingLayer" in kinds and module.gradient_checkpointing
+
+
+def _in_evaluation_mode(module: Any, checkpoint: Callable) -> Callable:
+    """`checkpoint` that runs the module in evaluation mode: some layers drop out by their own mode."""
+
+    def run(function: Callable, *arguments: Any, **options: Any) -> Any:
+        def evaluated(*given: Any, **named: Any) -> Any:
+            mode, module.training = module.training, False
+            try:
+                return function(*given, **named)
+            finally:
+                module.training = mode
+
+        return checkpoint(evaluated, *arguments, **options)
+
+    return run
 
 
 def _summed(value: Tensor) -> Tensor:

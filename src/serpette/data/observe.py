@@ -7,13 +7,10 @@ torchrun or accelerate the chunks are shared out among the processes.
 
 from __future__ import annotations
 
-import json
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,14 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..evaluate import class_averaged_spearman, spearman
 from ..masking import MaskedPath
-from ..scorers.dlc import DLC
-from ..types import PathFeatures, PathSpec, Signals, Task, uniform_of
+from ..types import PathSpec, Signals, Task, uniform_of
 from .examples import Examples, check_labels
 from .features import Features, Reader, accepted_names
 from .gradient_pass import GradientPass, only
 from .language import LanguageReader, is_causal_lm
+from .paths import grow, key_of, on_path, stored_paths
 from .processes import broadcast, processes, progress_bar, together
 from .store import ChunkStore
 
@@ -107,6 +103,8 @@ def observe(
     language = task == "causal-lm"
     if language:
         reader = LanguageReader(model, features)
+        with evaluating(model):
+            reader.check()
     if not isinstance(examples, Examples):
         examples = Examples(examples)
     examples.accepted, examples.task = accepted_names(model), task
@@ -211,7 +209,7 @@ class _Work:
         return torch.autocast(self.reader.device.type, self.precision) if self.precision else nullcontext()
 
     def forward(self, batches: list[Batch]) -> tuple[Tensor, Tensor | None]:
-        """Features (n, D) and logits (n, C) of all batches of a chunk; of a causal LM what its reader gives."""
+        """Features (n, D) and logits (n, C) of all batches of a chunk; of a causal LM losses (n, 2)."""
         with torch.inference_mode(), self.autocast():
             outputs = [self.reader(inputs) for _, inputs, _, _ in batches if inputs]
         if not outputs:
@@ -267,15 +265,15 @@ class _Work:
         grown = {}
         start = time.perf_counter()
         for spec in adaptive:
-            grown[spec], stack = _grow(
+            grown[spec], stack = grow(
                 spec,
                 signals,
-                _on_path(tensors),
+                on_path(tensors),
                 lambda p, spec=spec: self.masked_features(batches, masked[spec], p),
             )
-            tensors[_key(spec, by_path)] = stack[1:]
+            tensors[key_of(spec, by_path)] = stack[1:]
         for spec in fixed:
-            tensors[_key(spec, by_path)] = self.along(batches, masked[spec], len(spec.points))
+            tensors[key_of(spec, by_path)] = self.along(batches, masked[spec], len(spec.points))
         meta["seconds"]["path"] = time.perf_counter() - start
         meta["points"] = [grown[s][0] for s in adaptive]
         meta["curves"] = [grown[s][1] for s in adaptive]
@@ -337,40 +335,9 @@ class _Work:
         tensors, meta, batches = self.unmasked(number)
         start = time.perf_counter()
         for spec, path in masked.items():
-            tensors[_key(spec, list(masked))] = self.along(batches, path, lengths[spec][0])
+            tensors[key_of(spec, list(masked))] = self.along(batches, path, lengths[spec][0])
         meta["seconds"]["path"] = time.perf_counter() - start
         self.store.write(number, tensors, meta)
-
-
-def _grow(
-    spec: PathSpec, signals: Signals, unmasked: Tensor, features_at: Callable[[int], Tensor]
-) -> tuple[tuple[int, list[tuple[int, float]]], Tensor]:
-    """((points, curve), features (P, n, D)): adds points until the ranking by the mean loss stands still.
-
-    The loss is DLC's with its defaults, whichever scorers share the path: none depends on the others.
-    """
-    judge = DLC()
-    judge.path = spec
-    stack, curve = [unmasked], []
-    previous = None
-    for k in range(1, len(spec.points) + 1):
-        if k > 1:
-            stack.append(features_at(k - 1))
-        path = PathFeatures(spec.points[:k], [(torch.arange(len(unmasked)), torch.stack(stack))])
-        signals.paths = {spec: path}
-        mean = judge.along_path(signals).mean(0)
-        if previous is not None:
-            if signals.task == "classification":
-                agreement = class_averaged_spearman(mean, previous, signals.labels)
-            else:
-                agreement = spearman(mean, previous)
-            # undefined where every class has one example: then there is no ranking to change
-            curve.append((k, 1.0 if math.isnan(agreement) else agreement))
-        previous = mean
-        calm = len(curve) >= 2 and all(r >= spec.tolerance for _, r in curve[-2:])
-        if k >= spec.min_points and calm:
-            break
-    return (len(stack), curve), torch.stack(stack)
 
 
 def _plan(examples: Examples, batch_size: int, chunk_size: int, pilot: bool) -> list[list[list[int]]]:
@@ -424,7 +391,7 @@ def _gather(
                 whole[position[tensors["rows"]]] = tensors[name]
         return whole
 
-    labels = joined("labels")
+    labels, answer_losses = joined("labels"), joined("answer_losses")
     signals = Signals(
         ids=examples.ids[rows.numpy()],
         labels=labels,
@@ -432,8 +399,8 @@ def _gather(
         embeddings=joined("embeddings"),
         logits=joined("logits"),
         response_losses=joined("response_losses"),
-        answer_losses=(answer_losses := joined("answer_losses")),
-        paths=_stored_paths(store, chunks, lengths, position),
+        answer_losses=answer_losses,
+        paths=stored_paths(store, chunks, lengths, position),
         readings={
             reading: value
             for i, reading in enumerate(readings)
@@ -444,54 +411,6 @@ def _gather(
     )
     passes = 1 + (answer_losses is not None) + sum(points - 1 for points, _ in lengths.values())
     return Observation(signals, rows, set_aside, seconds, passes)
-
-
-def _stored_paths(
-    store: ChunkStore, chunks: int, lengths: dict[PathSpec, tuple[int, list]], position: Tensor
-) -> dict[PathSpec, PathFeatures]:
-    """The paths of `lengths`, in the order in which they were observed, read from the store when asked."""
-
-    def read(key: str, points: int) -> Iterator[tuple[Tensor, Tensor]]:
-        for number in range(chunks):
-            tensors, _ = store.read(number, ("rows", "embeddings", "response_losses", key))
-            if len(tensors["rows"]):
-                unmasked = _on_path(tensors)[None]
-                features = torch.cat([unmasked, tensors[key]]) if points > 1 else unmasked
-                yield position[tensors["rows"]], features
-
-    return {
-        spec: PathFeatures(spec.points[:points], partial(read, _key(spec, list(lengths)), points), curve)
-        for spec, (points, curve) in lengths.items()
-    }
-
-
-def reopened_paths(folder: Path, specs: Sequence[PathSpec], rows: Tensor) -> dict[PathSpec, PathFeatures]:
-    """Those of `specs` whose features an earlier `observe` left in `folder`; `rows` (N,) of its examples."""
-    if not (folder / "manifest.json").exists():
-        return {}
-    observed = json.loads((folder / "manifest.json").read_text())["paths"]
-    by_name = {repr(spec): spec for spec in specs}
-    if any(name not in by_name for name in observed):
-        return {}
-    store = ChunkStore(folder)
-    meta = store.read(0, ())[1]
-    ends = iter(zip(meta.get("points", []), meta.get("curves", []), strict=True))
-    lengths = {
-        by_name[n]: next(ends) if by_name[n].adaptive else (len(by_name[n].points), []) for n in observed
-    }
-    position = torch.full((int(rows.max()) + 1,), -1)
-    position[rows] = torch.arange(len(rows))
-    return _stored_paths(store, len(list(folder.glob("*[0-9].safetensors"))), lengths, position)
-
-
-def _on_path(tensors: dict[str, Tensor]) -> Tensor:
-    """What a path starts from: the features (n, D), in a causal LM the response losses (n, 1)."""
-    losses = tensors.get("response_losses")
-    return tensors["embeddings"] if losses is None else losses[:, None]
-
-
-def _key(spec: PathSpec, specs: list) -> str:
-    return f"path:{specs.index(spec)}"
 
 
 def _count_classes(examples: Examples, labels: Tensor | None, task: Task) -> int:

@@ -22,9 +22,11 @@ from ..registry import near
 from ..types import PerClass, Scorer, Selector, Signals, Task
 from . import budget
 from . import selectors as selector_methods
+from .bounds import bounded
 from .examples import Examples
 from .features import Features, Reader
 from .observe import Observation, infer_task, observe
+from .own_model import described, in_common, opened, with_own_model
 from .proxy import TRAINING_SIGNALS, FineTune, Probe
 from .scores import Scores
 from .search import describe, search
@@ -48,7 +50,7 @@ def score(
     on_bad: str = "set_aside",
     label_column: str | None = None,
     id_column: str | None = None,
-    max_length: int = 128,
+    max_length: int | None = None,
     precision: torch.dtype | None = None,
     num_workers: int = 0,
     progress: bool = True,
@@ -57,14 +59,16 @@ def score(
 
     Args:
         model: a transformers model, or any module; not changed.
-        dataset: what a Trainer takes, rows with an image or a text, or a torch Dataset of (x, y).
+        dataset: what a Trainer takes, rows with an image or a text, or a torch Dataset of (x, y). For a
+            causal language model: chats, instructions or text, see `serpette.data.instructions`.
         scorers: names or objects of `serpette.scorers`.
         data_collator, processing_class: as for a Trainer.
-        task: "classification" or "regression"; found from the model.
+        task: "classification", "regression" or "causal-lm"; found from the model.
         proxy: where training signals come from, for the scorers that need them: `"probe"` a linear head on
             frozen features (default: costs seconds), `"finetune"` a run of the Trainer (what the papers do),
             `"model"` the model's own logits as it is, e.g. after tuning; or a `Probe` or `FineTune`.
-        max_length: tokens a text is cut to; 128 holds a few sentences.
+        max_length: tokens a text is cut to; default: 128, a few sentences, and 1024 in a causal language
+            model, a page and a half.
         out: a folder for `scores.parquet`; written in pieces, and a killed run goes on from them.
 
     Raises:
@@ -86,32 +90,54 @@ def score(
         raise ValueError(f"proxy={proxy!r} is unknown{near(proxy, PROXIES)}")
     if on_bad not in ("set_aside", "raise"):
         raise ValueError(f"on_bad={on_bad!r} must be 'set_aside' or 'raise'")
-    examples = Examples(
-        dataset,
-        processing_class=processing_class,
-        data_collator=data_collator,
-        label_column=label_column,
-        id_column=id_column,
-        max_length=max_length,
-    )
-    _check_task(methods, model, task, features)
-    _check_proxy(methods, proxy)
-    with measure(next((p.device for p in model.parameters()), "cpu")) as cost:
-        observation = observe(
+    apart, collated = with_own_model(methods), processing_class
+    if len(apart) == len(methods) == 1:  # the model that was given need not run
+        model, processing_class = opened(apart.pop(), model, processing_class)
+
+    def examples_for(tokenizer: Any) -> Examples:
+        return Examples(
+            dataset,
+            processing_class=tokenizer,
+            data_collator=data_collator if tokenizer is collated else None,
+            label_column=label_column,
+            id_column=id_column,
+            max_length=max_length,
+        )
+
+    def observed(model: nn.Module, examples: Examples, methods: list, folder: str) -> Observation:
+        return observe(
             model,
             examples,
             methods,
             task=task,
             features=features,
             batch_size=batch_size,
-            folder=Path(out) / "observed" if out is not None else None,
+            folder=Path(out) / folder if out is not None else None,
             on_bad=on_bad,
             precision=precision,
             num_workers=num_workers,
             seed=seed,
             progress=progress,
         )
-        signals, seconds = observation.signals, dict(observation.seconds)
+
+    examples = examples_for(processing_class)
+    _check_task(methods, model, task, features)
+    _check_proxy(methods, proxy)
+    with measure(next((p.device for p in model.parameters()), "cpu")) as cost:
+        observation = observed(model, examples, [m for m in methods if m not in apart], "observed")
+        seconds, passes, signals_of = dict(observation.seconds), observation.passes, {}
+        if apart:
+            others = []
+            for method in apart:
+                start = time.perf_counter()
+                own, tokenizer = opened(method, model, processing_class)
+                others.append(observed(own, examples_for(tokenizer), [method], f"observed-{method.name}"))
+                seconds[f"model of {method.name}"] = time.perf_counter() - start
+                passes += others[-1].passes
+                observation.set_aside |= others[-1].set_aside
+            observation, *others = in_common(observation, others)
+            signals_of = {m.name: other.signals for m, other in zip(apart, others, strict=True)}
+        signals = observation.signals
         start = time.perf_counter()
         signals = _training_signals(signals, methods, proxy, model, examples, observation)
         seconds["proxy"] = time.perf_counter() - start
@@ -127,8 +153,9 @@ def score(
                 "proxy": proxy if isinstance(proxy, str) else repr(proxy),
                 "features": features if isinstance(features, (str, type(None))) else "a function",
                 "batch_size": batch_size,
-                "max_length": max_length,
+                "max_length": examples.max_length,
                 "precision": str(precision or torch.float32),
+                **({"models": models} if (models := described(methods)) else {}),
             },
         )
         for method in methods:
@@ -143,9 +170,9 @@ def score(
                 if path.curve:
                     scores.curves[method.name] = path.curve
             else:
-                scores.values[method.name] = method(signals)
+                scores.values[method.name] = method(signals_of.get(method.name, signals))
             seconds[method.name] = time.perf_counter() - start
-    scores.cost = {"seconds": seconds, "passes": observation.passes, "peak_bytes": cost.peak_bytes}
+    scores.cost = {"seconds": seconds, "passes": passes, "peak_bytes": cost.peak_bytes}
     if out is not None:
         scores.save(out)
     return scores
@@ -179,7 +206,7 @@ def select(
         per_class = signals.num_classes > 0
     if per_class and not signals.num_classes:
         raise ValueError(
-            f"per_class={per_class!r} needs classes, and this is a regression; give per_class=False"
+            f"per_class={per_class!r} needs classes, and this is a {signals.task}; give per_class=False"
         )
     k = budget.count(scores.total, keep)
     if k > len(signals):
@@ -292,7 +319,7 @@ class DataPruner:
         scores = score(
             model,
             dataset,
-            self.scorer,
+            bounded(self.scorer, self.select, budget.count(len(dataset), self.keep), self.per_class),
             data_collator=data_collator,
             processing_class=processing_class,
             seed=self.seed,
@@ -311,12 +338,13 @@ class DataPruner:
 
     def _check_budget(self, model: nn.Module, dataset: Any) -> None:
         examples = Examples(dataset, label_column=self.options.get("label_column"))
-        k, raw = budget.count(len(examples), self.keep), examples.labels()
+        k = budget.count(len(examples), self.keep)
         task = self.options.get("task") or infer_task(model, Reader(model, self.options.get("features")))
-        if task == "regression" and self.per_class:
+        if task != "classification" and self.per_class:
             raise ValueError(
-                f"per_class={self.per_class!r} needs classes, and this is a regression; give per_class=False"
+                f"per_class={self.per_class!r} needs classes, and this is a {task}; give per_class=False"
             )
+        raw = examples.labels() if task == "classification" else None
         if task == "classification" and self.per_class is not False and raw and all(map(_is_whole, raw)):
             labels, generator = torch.tensor(raw), torch.Generator().manual_seed(0)
             anything = selector_methods.registry.make("random")
@@ -386,7 +414,7 @@ def _training_signals(
     observation: Observation,
 ) -> Signals:
     needed = frozenset().union(*(m.needs for m in methods)) & TRAINING_SIGNALS
-    if proxy == "model" or not needed:
+    if proxy == "model" or not needed or signals.task == "causal-lm":  # which is scored as it is
         return signals
     if proxy == "finetune" or isinstance(proxy, FineTune):
         run = proxy if isinstance(proxy, FineTune) else FineTune()

@@ -17,7 +17,7 @@ from .. import scorers as scorer_methods
 from ..cost import versions
 from ..registry import near
 from ..types import Signals
-from .observe import reopened_paths
+from .paths import reopened_paths
 from .store import write_atomic, write_json
 
 
@@ -76,7 +76,9 @@ class Scores:
         pq.write_table(pa.table(columns), buffer)
         folder = Path(folder)
         write_atomic(folder / "scores.parquet", buffer.getvalue())
-        tensors = {"rows": self.rows, "embeddings": self.signals.require("embeddings", "save")}
+        tensors = {"rows": self.rows}
+        if self.signals.embeddings is not None:
+            tensors["embeddings"] = self.signals.embeddings
         from safetensors.torch import save
 
         write_atomic(folder / "embeddings.safetensors", save(tensors))
@@ -86,6 +88,7 @@ class Scores:
                 "kind": "scores",
                 "examples": self.total,
                 "num_classes": self.signals.num_classes,
+                "task": self.signals.task,
                 "scorers": list(self.values),
                 "methods": {name: config_of(method) for name, method in self.methods.items()},
                 "settings": self.settings,
@@ -121,8 +124,9 @@ class Scores:
             ids=np.array(table["id"].to_pylist()),
             labels=torch.tensor(column["label"]) if "label" in column else None,
             num_classes=result["num_classes"],
-            embeddings=tensors["embeddings"],
+            embeddings=tensors.get("embeddings"),
             seed=result["seed"],
+            task=result.get("task", ""),
         )
         methods = {name: _made_again(config, name) for name, config in result.get("methods", {}).items()}
         specs = [method.path for method in methods.values() if hasattr(method, "path")]

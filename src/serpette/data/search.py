@@ -35,7 +35,15 @@ def search(
         scorer: signals -> (N,); called once, on the examples that are not held out.
         repeats: draws a candidate; the validation accuracies are averaged.
         limit: examples looked at, so that the search stays a small share of the scoring time.
+
+    Raises:
+        ValueError: no labels, or too few to hold some out.
     """
+    if signals.labels is None:
+        raise ValueError(
+            f"the best of {selector.name!r} is searched by a probe on labels, and a {signals.task} has none; "
+            "give its option, e.g. FlexRand(gamma=0.5), or another selector, e.g. select='top_hard'"
+        )
     labels, embeddings = signals.require("labels", "search"), signals.require("embeddings", "search")
     order = uniform_of(signals.ids, seed + 1).argsort()[:limit]
     held_out = _validation(labels[order], signals.num_classes)

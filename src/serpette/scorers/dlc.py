@@ -9,6 +9,7 @@ and stops when the class-averaged Spearman correlation of S with the previous S 
 twice running; the features are standardised; the logits are minus the Euclidean distance.
 `variant="official"` is what the authors' scripts do: one global ranking of the weights, 50 models with
 0.98^n of the weights kept (n = 0 .. 49), raw features, 1 / distance.
+In a causal language model the loss is the mean over the response tokens, with the decoder's linears masked.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn.functional import cross_entropy
 
 from ..masking import LOW_DISCREPANCY
 from ..prototypes import moments, prototype_logits
-from ..types import ANY_TASK, PathSpec, Signals
+from ..types import EVERY_TASK, PathSpec, Signals
 
 CHAINED = tuple(1 - Fraction(98, 100) ** n for n in range(50))
 
@@ -31,7 +32,9 @@ CHAINED = tuple(1 - Fraction(98, 100) ** n for n in range(50))
 class DLC:
     """Loss along a path of masked models: high = hard. No training; one forward pass a point.
 
-    Regression: squared error of a ridge probe, fitted on the unmasked features, on the masked ones.
+    Regression: squared error of a ridge probe, fitted on the unmasked features, on the masked ones. Causal
+    language model: mean loss of the response tokens in nats; `prototype`, `logits` and `temperature` have no
+    meaning there.
 
     Args:
         variant: `"paper"` or `"official"`, see above.
@@ -51,7 +54,7 @@ class DLC:
 
     name = "dlc"
     needs = frozenset({"labels"})
-    tasks = ANY_TASK
+    tasks = EVERY_TASK
 
     def __init__(
         self,
@@ -109,7 +112,13 @@ class DLC:
 
     def along_path(self, signals: Signals) -> Tensor:
         """Loss of each example under each model, (P, N) float64."""
-        path, labels = signals.path(self.path, self.name), signals.require("labels", self.name)
+        path = signals.path(self.path, self.name)
+        if signals.task == "causal-lm":  # its "features" are the losses
+            losses_PN = torch.empty(len(path.points), len(signals), dtype=torch.float64)
+            for rows, losses_Pn1 in path.chunks():
+                losses_PN[:, rows] = losses_Pn1[..., 0].double()
+            return losses_PN
+        labels = signals.require("labels", self.name)
         if signals.task == "regression":
             return _ridge_errors(path, labels)
         losses_PN = torch.empty(len(path.points), len(labels), dtype=torch.float64)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..types import ANY_TASK, Signals, uniform_of
+from ..types import EVERY_TASK, Signals, uniform_of
 
 
 class KCenter:
@@ -27,7 +27,7 @@ class KCenter:
 
     name = "k_center"
     needs = frozenset({"embeddings"})
-    tasks = ANY_TASK
+    tasks = EVERY_TASK
 
     def __init__(self, picks: int | None = None):
         if picks is not None and picks < 1:

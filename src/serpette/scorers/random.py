@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..types import ANY_TASK, Signals, uniform_of
+from ..types import EVERY_TASK, Signals, uniform_of
 
 
 class Random:
@@ -18,7 +18,7 @@ class Random:
 
     name = "random"
     needs: frozenset[str] = frozenset()
-    tasks = ANY_TASK
+    tasks = EVERY_TASK
 
     def __call__(self, signals: Signals) -> Tensor:
         """(N,) float64 in [0, 1), the same for the same ids and `signals.seed`."""

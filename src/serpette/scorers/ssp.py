@@ -13,7 +13,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..types import ANY_TASK, Signals, uniform_of
+from ..types import EVERY_TASK, Signals, uniform_of
 
 
 class SSP:
@@ -24,7 +24,7 @@ class SSP:
 
     Args:
         clusters: of k-means; default: the number of classes (the paper finds anything within an order of
-            magnitude of it alike), 10 in a regression. Never more than examples.
+            magnitude of it alike), 10 where there are none. Never more than examples.
 
     Raises:
         ValueError: `clusters` below 1.
@@ -32,7 +32,7 @@ class SSP:
 
     name = "ssp"
     needs = frozenset({"embeddings"})
-    tasks = ANY_TASK
+    tasks = EVERY_TASK
 
     def __init__(self, clusters: int | None = None):
         if clusters is not None and clusters < 1:

@@ -34,6 +34,11 @@ WORDS: dict[str, tuple] = {
     "normalise": (None, "tokens", "mean_loss"),
 }
 
+NO_GRADIENT = (
+    "all gradients of the LoRA factors are zero: the loss does not depend on them, "
+    "or every example is fitted exactly; score an earlier state of the model"
+)
+
 
 @dataclass(frozen=True)
 class TSAReading:
@@ -156,6 +161,8 @@ class TSAJoint(TSA):
 def blocks_to_score(blocks_NL3: Tensor, joint: bool = False) -> Tensor:
     """(N,) from S_B, S_A and their common part; NaN: there is no such block (B = 0, no gradient)."""
     S_B, S_A, common = blocks_NL3.double().unbind(2)
+    if bool(S_B.isnan().all()):  # moving statistics find out only here
+        raise ValueError(NO_GRADIENT)
     if joint:
         return (S_B.nan_to_num(0) + S_A.nan_to_num(0) - common.nan_to_num(0))[:, ~S_B[0].isnan()].mean(1)
     return torch.cat([S_B, S_A], 1).nanmean(1)
@@ -234,10 +241,7 @@ class TSAReader:
                 if moments is not None:
                     moments.sum = moments.sum.new_zeros(0)  # the root is enough
         if all(moments.root is None for moments in self.outputs.values()):
-            raise ValueError(
-                "all gradients of the LoRA factors are zero: the loss does not depend on them, "
-                "or every example is fitted exactly; score an earlier state of the model"
-            )
+            raise ValueError(NO_GRADIENT)
         self.stage = "scores"
 
     def state(self) -> dict[str, Tensor]:
