@@ -21,6 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "no venv: install it (on Debian: apt install python3-venv) and try again"; exit 1; }; }
 	@echo "==> installing serpette and what it needs into $(VENV) (once, about 3 minutes)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[zoo,dev]' -c constraints.txt
+	@# An oracle of the tests. It declares torchvision, which it does not import and which breaks transformers here.
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps kronfluence einconv einops opt_einsum -c constraints.txt
 	@touch $@
 
 install: $(STAMP)  ## make .venv and install into it (the others do this by themselves)

@@ -10,19 +10,23 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from . import scorers, zoo
     from .data import selectors
+    from .data.dynamic import DynamicPruning
     from .data.observe import observe
     from .data.proxy import FineTune, Probe
     from .data.pruner import DataPruner, Selection, score, select
     from .data.scores import Scores
+    from .data.while_training import ScoreWhileTraining
     from .pipeline import run
     from .recipe import Recipe
     from .types import Scorer, Selector, Signals
 
 _HOMES = {
     "DataPruner": ".data.pruner",
+    "DynamicPruning": ".data.dynamic",
     "FineTune": ".data.proxy",
     "Probe": ".data.proxy",
     "Recipe": ".recipe",
+    "ScoreWhileTraining": ".data.while_training",
     "Scorer": ".types",
     "Scores": ".data.scores",
     "Selection": ".data.pruner",
