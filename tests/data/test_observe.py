@@ -162,13 +162,15 @@ WORKER = textwrap.dedent(
     sys.path.insert(0, sys.argv[2])
     from data.test_observe import image_rows
     import serpette, serpette.data.observe as observe_module
+    from serpette.data.processes import processes
     from serpette.zoo import tiny
     observe_module.PILOT = 32
     data = datasets.Dataset.from_dict(image_rows(n=120)).with_format("torch")
     out = sys.argv[1] if sys.argv[1] != "-" else None
     scores = serpette.score(tiny("vit"), data, ["dlc", "el2n"], batch_size=4, out=out, progress=False)
     if len(sys.argv) > 3:
-        torch.save({"dlc": scores.values["dlc"], "el2n": scores.values["el2n"]}, sys.argv[3])
+        held = {"dlc": scores.values["dlc"], "el2n": scores.values["el2n"]}
+        torch.save({**held, "processes": processes()[1]}, sys.argv[3])
     print("done", flush=True)
     """
 )
@@ -210,6 +212,7 @@ def test_two_processes_give_the_scores_of_one(tmp_path):
     one = torch.load(tmp_path / "one.pt", weights_only=True)
     for r in range(2):
         two = torch.load(tmp_path / f"two{r}.pt", weights_only=True)
+        assert (one["processes"], two["processes"]) == (1, 2), "two that know nothing of each other"
         assert torch.equal(one["dlc"], two["dlc"]) and torch.equal(one["el2n"], two["el2n"])
 
 

@@ -197,6 +197,7 @@ class _Work:
             batch_size=None,
             collate_fn=self.examples.read,
             num_workers=self.num_workers,
+            generator=torch.Generator(),  # else it draws a seed from the user's
         )
         batches = list(loader)
         bad = {i: reason for batch in batches for i, reason in batch[3].items()}

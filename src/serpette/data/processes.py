@@ -32,7 +32,8 @@ def processes() -> tuple[int, int]:
 
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return 0, 1
-    state = PartialState()
+    accelerator = getattr(torch, "accelerator", torch.cuda).is_available()
+    state = PartialState(cpu=not accelerator)  # it takes no note of ACCELERATE_USE_CPU by itself
     return state.process_index, state.num_processes
 
 
