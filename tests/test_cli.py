@@ -108,6 +108,8 @@ def test_list(serpette, kind, name):
         (["run", "none.yaml"], "none.yaml"),
         (["report", "none"], "result.json"),
         (["score", "--model", "m", "--dataset", "d", "--out", "o", "--limit", "0"], "limit=0"),
+        (["score", "--model", "m", "--dataset", "d", "--out", "o", "--scorer", "less"], "--target"),
+        (["score", "--model", "m", "--dataset", "d", "--out", "o", "--rank", "0"], "rank=0"),
         (["select", "--scores", "x", "--selector", "random", "--keep", "0.3", "--out", "o.csv"], ".parquet"),
     ],
 )
@@ -188,7 +190,9 @@ def test_overrides_are_checked_and_explained(serpette, module, recipe):
     assert code == 0 and "--tune.learning-rate" in out and "(default: tiny)" in out
 
 
-def test_score_then_select(serpette, tmp_path):
+@pytest.fixture
+def tiny_vit(tmp_path):
+    """A folder with a model for digits."""
     from transformers import ViTImageProcessor
 
     from serpette import zoo
@@ -198,10 +202,27 @@ def test_score_then_select(serpette, tmp_path):
     network.save_pretrained(model)
     size = network.config.image_size
     ViTImageProcessor(size={"height": size, "width": size}).save_pretrained(model)
-    given = ["--model", model, "--dataset", "digits", "--limit", 40, "--batch-size", 16]
+    return model
+
+
+def test_scores_that_need_a_lora(serpette, tiny_vit, tmp_path):
+    given = ["--model", tiny_vit, "--dataset", "digits", "--limit", 20, "--out", tmp_path / "scores"]
+    given += ["--scorer", "tsa", "--scorer", "less", "--scorer", "loss", "--target", "digits", "--rank", 2]
+    code, _, err = serpette("score", *given)
+    assert code == 0, err
+    held = Scores.load(tmp_path / "scores")
+    assert list(held.values) == ["tsa", "less", "loss"] and len(held.values["tsa"]) == 20
+    assert held.settings["lora"] == {"rank": 2, "alpha": 4}
+    how = json.loads((tmp_path / "scores" / "result.json").read_text())["methods"]
+    assert how["less"]["target"] == "digits" and how["less"]["target_split"] == "train"
+
+
+def test_score_then_select(serpette, tiny_vit, tmp_path):
+    given = ["--model", tiny_vit, "--dataset", "digits", "--limit", 40, "--batch-size", 16]
     given += ["--out", tmp_path / "scores"]
     code, out, err = serpette("score", *given, "--scorer", "dlc", "--scorer", "entropy", "--seed", 2)
     assert code == 0, err
+    assert not (tmp_path / "scores" / "lora").exists()
     assert out.splitlines()[-1] == str(tmp_path / "scores" / "scores.parquet")
     given = ["--scores", tmp_path / "scores", "--scorer", "dlc", "--selector", "random", "--keep", 0.5]
     assert serpette("select", *given, "--out", tmp_path / "kept.txt")[0] == 0

@@ -1,5 +1,6 @@
 """A recipe from end to end on a tiny model: what it writes, that it goes on, that it refuses."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,14 +13,17 @@ import datasets
 import numpy as np
 import pytest
 import tokenizers
+from language import character_tokenizer
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from serpette import run
-from serpette.recipe import load
+from serpette.evaluate import paired_over_seeds
+from serpette.recipe import DataSpec, ModelSpec, load
 from serpette.zoo import tiny
 
 SRC = Path(__file__).parent.parent / "src"
+RECIPES = Path(__file__).parent.parent / "recipes"
 
 
 @pytest.fixture(scope="module")
@@ -220,3 +224,159 @@ arms:
     assert got["task"] == "regression" and got["metric"] == "r2"
     assert [arm["examples"] for arm in got["arms"]] == [40, 20, 20]
     assert all("accuracy_by_class" not in arm for arm in got["arms"])
+
+
+@pytest.fixture(scope="module")
+def small_loprune(places):
+    """recipes/vit_loprune.yaml with a tiny model, two seeds and other images in each."""
+    recipe = load(RECIPES / "vit_loprune.yaml")
+    return dataclasses.replace(
+        recipe,
+        seeds=2,
+        model=ModelSpec(str(places / "model")),
+        data=DataSpec(str(places / "images"), train_limit=24, test_limit=20),
+        tune=dataclasses.replace(recipe.tune, epochs=1),
+    )
+
+
+@pytest.fixture(scope="module")
+def seeds_done(small_loprune, tmp_path_factory):
+    recipe = dataclasses.replace(small_loprune, out=str(tmp_path_factory.mktemp("runs") / "seeds"))
+    run(recipe, progress=False)
+    return recipe
+
+
+def test_several_seeds(seeds_done):
+    out = seeds_done.folder
+    got, parts = result(out), [result(out / "seeds" / str(seed)) for seed in (0, 1)]
+    assert got["seeds"] == [0, 1] and got["recipe"]["seeds"] == 2 and got["seed"] == 0
+    arms = {arm["name"]: arm for arm in got["arms"]}
+    assert list(arms) == [arm.name for arm in seeds_done.arms]
+    for number, arm in enumerate(got["arms"]):
+        accuracies = [part["arms"][number]["accuracy"] for part in parts]
+        assert arm["accuracy"] == pytest.approx(np.mean(accuracies))
+        assert [one["accuracy"] for one in arm["by_seed"]] == accuracies
+        assert arm["interval"][0] <= arm["accuracy"] <= arm["interval"][1]
+    pairs = {(c["arm"], c["to"]): c for c in got["comparisons"]}
+    assert {("tsa 50", "full"), ("tsa 50", "random 50"), ("tsa 50", "loss 50")} <= set(pairs)
+    assert ("tsa 50", "random 70") not in pairs
+    mine, its = ([one["accuracy"] for one in arms[name]["by_seed"]] for name in ("tsa 50", "full"))
+    assert pairs["tsa 50", "full"]["difference"] == paired_over_seeds(mine, its)[0]
+
+    files = [json.loads((out / "seeds" / s / "arms" / "00-full.json").read_text()) for s in "01"]
+    assert set(files[0]["ids"]) != set(files[1]["ids"]), "each seed draws its own training examples"
+    assert {len(f["each"]) for f in files} == {20}
+    for arm in got["arms"]:
+        assert (arm["seconds"]["scoring"] > 0) == (arm["scorer"] is not None)
+    spent = parts[0]["observing"]
+    assert spent["warmup"] > 0 and spent["moments"] > 0
+    tsa = parts[0]["arms"][list(arms).index("tsa 50")]["seconds"]["scoring"]
+    assert spent["warmup"] + spent["moments"] < tsa, "the warm-up and the moments are part of what tsa costs"
+    assert arms["loss 50"]["seconds"]["scoring"] < arms["tsa 50"]["seconds"]["scoring"]
+    assert arms["tsa 50"]["flops"]["scoring"] > 3 * arms["loss 50"]["flops"]["scoring"]
+    page = (out / "report.html").read_text()
+    assert "2 seeds, 0 to 1" in page and "paired seed by seed" in page
+
+
+def test_a_killed_run_of_seeds_trains_only_what_is_missing(seeds_done, monkeypatch, tmp_path):
+    from serpette import pipeline
+
+    out, trained, train = seeds_done.folder, [], pipeline.train
+    before = result(out)
+    part = out / "seeds" / "1"
+    (out / "result.json").unlink()
+    (part / "result.json").unlink()
+    gone = sorted((part / "arms").iterdir())[-1]
+    gone.unlink()
+    monkeypatch.setattr(pipeline, "train", lambda *a, **k: trained.append(a) or train(*a, **k))
+    run(seeds_done, progress=False)
+    assert len(trained) == 1 and gone.exists()
+    after = result(out)
+    for old, new in zip(before["arms"], after["arms"], strict=True):
+        assert old["accuracy"] == new["accuracy"] and old["mmd"] == new["mmd"]
+        assert stable(old["by_seed"]) == stable(new["by_seed"])
+    assert before["comparisons"] == after["comparisons"]
+
+
+def test_a_seed_alone_is_that_seed_of_several(seeds_done, tmp_path):
+    alone = dataclasses.replace(seeds_done, seeds=1, seed=1, out=str(tmp_path))
+    alone = dataclasses.replace(alone, arms=(alone.arms[0], alone.arms[6]))
+    run(alone, progress=False)
+    got = result(tmp_path)["arms"]
+    several = {arm["name"]: arm["by_seed"][1] for arm in result(seeds_done.folder)["arms"]}
+    for arm in got:
+        assert arm["mmd"] == several[arm["name"]]["mmd"] and arm["steps"] == several[arm["name"]]["steps"]
+
+
+@pytest.fixture(scope="module")
+def small_instruct(tmp_path_factory):
+    """recipes/smollm2_instruct.yaml with a tiny model and few instructions, one of them without an answer."""
+    root = tmp_path_factory.mktemp("instruct")
+    tiny("llama").save_pretrained(root / "model")
+    character_tokenizer().save_pretrained(root / "model")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 20), ("test", 8)):
+        prompts = ["".join(rng.choice(list("abcd"), 4)) for _ in range(n)]
+        answers = ["".join(rng.choice(list("xyz"), 3 + i % 3)) for i in range(n)]
+        rows = [{"prompt": p, "response": a} for p, a in zip(prompts, answers, strict=True)]
+        rows[-1]["response"] = "" if split == "train" else "xy"
+        datasets.Dataset.from_list(rows).to_json(root / f"{split}.jsonl")
+    recipe = load(RECIPES / "smollm2_instruct.yaml")
+    arms = tuple(
+        dataclasses.replace(a, scorer_options=a.scorer_options | {"target": str(root / "train.jsonl")})
+        if a.scorer == "less"
+        else a
+        for a in recipe.arms
+    )
+    return dataclasses.replace(
+        recipe,
+        seeds=1,
+        out=str(root / "out"),
+        model=ModelSpec(str(root / "model")),
+        data=DataSpec(str(root / "train.jsonl"), test=str(root / "test.jsonl"), max_length=64),
+        arms=arms,
+    )
+
+
+def test_a_recipe_of_instructions(small_instruct):
+    run(small_instruct, progress=False)
+    out = small_instruct.folder
+    got = result(out)
+    assert got["task"] == "causal-lm" and got["metric"] == "perplexity" and got["data"]["classes"] == []
+    arms = {arm["name"]: arm for arm in got["arms"]}
+    assert [arm["examples"] for arm in arms.values()] == [19, 10, 10, 10, 10, 10, 10, 10, 2, 2, 2]
+    assert [s["id"] for s in got["data"]["set_aside"]] == ["19"]
+    for arm in arms.values():
+        assert 1 < arm["perplexity"] < 200 and "accuracy" not in arm and arm["flops"]["tuning"] > 0
+        assert arm["perplexity"] == pytest.approx(np.exp(arm["loss"]), rel=0.2)
+    full = json.loads((out / "arms" / "00-full.json").read_text())
+    assert len(full["each"]) == 8 and np.mean(full["each"]) == pytest.approx(full["loss"])
+    difference = next(c for c in got["comparisons"] if (c["arm"], c["to"]) == ("random 10", "full"))
+    assert difference["difference"] == pytest.approx(arms["random 10"]["loss"] - arms["full"]["loss"])
+    assert ("tsa 50", "loss 50") in {(c["arm"], c["to"]) for c in got["comparisons"]}
+    assert got["model"]["trainable_parameters"] == 2 * 8 * (3 * (32 + 64) + 2 * (32 + 32) + 2 * (32 + 16))
+    page = (out / "report.html").read_text()
+    assert "A lower perplexity is better" in page and "Down and to the left is better" in page
+
+
+def test_what_has_no_meaning_is_refused_before_the_model_is_opened(small_instruct, tmp_path, monkeypatch):
+    monkeypatch.setattr("serpette.pipeline.open_model", lambda *a, **k: pytest.fail("opened"))
+    full, half = small_instruct.arms[0], dataclasses.replace(small_instruct.arms[2], name="x")
+    for arm, words in (
+        (dataclasses.replace(half, scorer="el2n"), "arms.1.scorer='el2n' has no meaning in a causal-lm"),
+        (dataclasses.replace(half, per_class=True), "arms.1.per_class=True needs classes"),
+        (dataclasses.replace(half, select="flex_rand"), "arms.1.select='flex_rand' is open"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            run(
+                dataclasses.replace(small_instruct, arms=(full, arm), out=str(tmp_path / arm.name)),
+                progress=False,
+            )
+
+
+def test_test_examples_without_responses_are_refused_in_time(small_instruct, tmp_path, monkeypatch):
+    monkeypatch.setattr("serpette.scoring.score", lambda *a, **k: pytest.fail("scored"))
+    datasets.Dataset.from_list([{"question_only": "abc"}] * 3).to_json(tmp_path / "test.jsonl")
+    data = dataclasses.replace(small_instruct.data, test=str(tmp_path / "test.jsonl"))
+    with pytest.raises(ValueError, match="no instructions found in a row with columns"):
+        run(dataclasses.replace(small_instruct, data=data, out=str(tmp_path / "out")), progress=False)

@@ -1,10 +1,11 @@
 """Reading a recipe: strict, and back again."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
-from serpette.recipe import ArmSpec, DataSpec, ModelSpec, Recipe, check, dump, load, to_dict
+from serpette.recipe import ArmSpec, DataSpec, ModelSpec, Recipe, check, check_task, dump, load, to_dict
 
 TINY = """
 name: tiny
@@ -40,21 +41,13 @@ def test_values_and_defaults(file):
 
 
 def test_dump_and_load_are_a_round_trip(file):
-    recipe = load(
-        file(
-            TINY.replace(
-                "keep: 0.3",
-                "keep: 0.3, per_class: equal, select_options: {gamma: 0.3}, scorer_options: {a: [1, x]}",
-            )
-        )
-    )
+    options = "scorer_options: {variant: official, points: [0, 0.3]}, select_options: {gamma: 0.3}"
+    recipe = load(file(TINY.replace("keep: 0.3", f"keep: 0.3, per_class: equal, {options}")))
     assert load(file(dump(recipe))) == recipe
     assert to_dict(recipe)["arms"][1]["per_class"] == "equal"
 
 
 def test_the_demo_is_what_the_readme_says():
-    from pathlib import Path
-
     recipe = load(Path(__file__).parents[1] / "recipes" / "demo.yaml")
     assert (recipe.data.train_limit or 10**9) >= 1000 and (recipe.data.test_limit or 10**9) >= 1000
     assert [(a.scorer, a.select, a.keep) for a in recipe.arms] == [
@@ -127,3 +120,67 @@ def test_no_such_file(tmp_path):
 def test_no_arms():
     with pytest.raises(ValueError, match="at least one arm"):
         check(Recipe("x", ModelSpec("m"), DataSpec("d"), arms=()))
+
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+TASKS = {"minilm_regression": "regression", "smollm2_instruct": "causal-lm"}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_of_the_folder(path):
+    recipe = load(path)
+    assert recipe.name == path.stem and path.read_text().startswith("# ")
+    check_task(recipe, TASKS.get(path.stem, "classification"))
+    assert recipe.arms[0] == ArmSpec("full")
+    for arm in recipe.arms[1:]:  # each has its control: a random choice of the same share
+        assert any(a.scorer is None and a.select == "random" and a.keep == arm.keep for a in recipe.arms)
+    if path.stem != "demo":
+        assert recipe.seeds >= (2 if path.stem == "smollm2_instruct" else 5)
+        assert {"full", "random", "tsa", "loss"} <= {a.name.split()[0] for a in recipe.arms}
+
+
+@pytest.mark.parametrize(
+    "old, new, said",
+    [
+        ("name: tiny", "name: tiny\nseeds: 0", ["seeds=0", "at least 1"]),
+        ("name: tiny", "name: tiny\ntask: causal", ["task='causal'", "'causal-lm'"]),
+        (
+            "scorer: dlc",
+            "scorer: dlc, scorer_options: {point: [0]}",
+            ["arms.1.scorer", "did you mean 'points'"],
+        ),
+        ("keep: 0.3", "keep: 0.3, select_options: {gama: 1}", ["arms.1.select", "did you mean 'gamma'"]),
+        ("scorer: dlc", "scorer: tsa, scorer_options: {damping: -1}", ["arms.1.scorer", "damping=-1"]),
+        (
+            "data: {train: digits}",
+            "data: {train: digits}\ntune: {method: full}\nARM",
+            ["scorer='tsa'", "tune.method='full'", "tune.method: lora"],
+        ),
+        ("scorer: dlc", "scorer: less", ["arms.1.scorer_options has no target", "target_split"]),
+        (
+            "scorer: dlc",
+            "scorer: less, scorer_options: {target: digits}",
+            ["target='digits'", "are the test examples", "target_split: train"],
+        ),
+        ("name: tiny", "name: tiny\ntask: causal-lm\nHEAD", ["tune.method='head'", "'lora' or 'full'"]),
+        ("name: tiny", "name: tiny\ntask: regression\nENTROPY", ["'entropy' has no meaning", "el2n"]),
+        ("name: tiny", "name: tiny\ntask: classification\nIFD", ["'ifd' has no meaning", "dlc"]),
+        ("name: tiny", "name: tiny\ntask: causal-lm\nCLASSES", ["per_class=True", "this is a causal-lm"]),
+        ("name: tiny", "name: tiny\ntask: causal-lm", ["select='flex_rand' is open", "gamma: 0.5"]),
+    ],
+)
+def test_arms_without_a_meaning_are_refused(file, old, new, said):
+    text = TINY.replace(old, new, 1)
+    for word, instead in {
+        "ARM": ("scorer: dlc", "scorer: tsa"),
+        "HEAD": ("data:", "tune: {method: head}\ndata:"),
+        "ENTROPY": ("scorer: dlc", "scorer: entropy"),
+        "IFD": ("scorer: dlc", "scorer: ifd"),
+        "CLASSES": ("keep: 0.3", "keep: 0.3, per_class: true"),
+    }.items():
+        if f"\n{word}" in text:
+            text = text.replace(f"\n{word}", "").replace(*instead)
+    with pytest.raises(ValueError) as error:
+        load(file(text))
+    for words in ["tiny.yaml", *said]:
+        assert words in str(error.value)

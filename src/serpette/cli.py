@@ -90,7 +90,11 @@ def score(
     label_column: str | None = None,
     id_column: str | None = None,
     proxy: Literal["probe", "finetune", "model"] = "probe",
-    max_length: int = 128,
+    task: Literal["classification", "regression", "causal-lm"] | None = None,
+    max_length: int | None = None,
+    rank: int = 8,
+    target: str | None = None,
+    target_split: str = "train",
     device: str = "auto",
     seed: int = 0,
 ) -> None:
@@ -110,27 +114,51 @@ def score(
         id_column: Column of unique ids. Default: `id`; without one an id is the number of the row.
         proxy: Whose logits the scores see that need training: a linear probe on the features, a short
             fine-tuning, or the model itself.
-        max_length: Tokens a text is cut to.
+        task: What the model learns. Default: by the label column; without one, the responses of instructions,
+            chats or text, if the model is a causal language model.
+        max_length: Tokens a text is cut to. Default: 128, and 1024 for a causal language model.
+        rank: Of the LoRA that tsa, tsa_joint and less read: a fresh one on all linear layers but the head,
+            which they warm up. The other scores are those of the model without it.
+        target: What the examples are to be like, for less: a data set, named as `dataset`. Not the test set.
+        target_split: Split of that data set.
         device: cpu, cuda, cuda:1, mps; auto: a GPU if there is one.
         seed: Of the draw and of the scores that have a random part.
     """
     _at_least("limit", limit, 1)
     _at_least("batch_size", batch_size, 1)
     _at_least("max_length", max_length, 1)
-    from .data import pruner
+    _at_least("rank", rank, 1)
+    if "less" in scorer and target is None:
+        raise ValueError("scorer 'less' needs --target: a data set that the examples are to be like")
+    from . import scoring
     from .data.examples import Examples
+    from .data.features import Reader
+    from .data.observe import infer_task
     from .data.sources import device_of, encode_labels, open_dataset, open_model
+    from .scorers import registry
 
+    toward = {"less": {"target": target, "target_split": target_split}}
+    methods = [registry.make(name, **toward.get(name, {})) for name in scorer or ("dlc",)]
     examples = open_dataset(dataset, split, limit=limit, seed=seed)
     rows = Examples(examples, label_column=label_column, id_column=id_column)
-    if rows.label_column:
+    if rows.label_column and task in (None, "classification"):
         examples = encode_labels(examples, rows.label_column)
-    task, classes = Examples(examples, label_column=label_column).target()
-    network, processor = open_model(model, task=task, num_labels=classes or 1, seed=seed)
-    pruner.score(
+    rows = Examples(examples, label_column=label_column)
+    if task == "causal-lm" or (task is None and rows.has_instructions):
+        network, processor = open_model(model, task=task, seed=seed)
+        if task is None and infer_task(network, Reader(network)) != "causal-lm":
+            rows.target()  # which says that there are no labels
+        task = "causal-lm"
+    else:
+        found, classes = rows.target()
+        task = task or found
+        classes = classes if task == "classification" else 1
+        network, processor = open_model(model, task=task, num_labels=classes or 1, seed=seed)
+    scoring.score(
         network.to(device_of(device)),  # type: ignore[arg-type] - transformers' stub of nn.Module.to
         examples,
-        scorer or ("dlc",),
+        methods,
+        lora={"rank": rank, "alpha": 2 * rank},
         processing_class=processor,
         label_column=label_column,
         id_column=id_column,

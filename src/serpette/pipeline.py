@@ -1,6 +1,7 @@
 """`run(recipe)`: score the training examples once, tune each arm on what it keeps, compare, report.
 
-Finished arms lie in `arms/`, scores in `scores/`: a killed run goes on with the first unfinished arm.
+Finished arms lie in `arms/`, scores in `scores/`: a killed run goes on with the first unfinished arm. With
+several seeds each has such a folder in `seeds/`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import io
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +20,23 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import __version__
+from . import __version__, scoring
+from .arms import METRICS, comparisons, mean_of_seeds, predict, quality
 from .cost import forward_flops, hardware, measure, train_flops, versions
 from .data import pruner
 from .data.examples import Examples, check_labels, decode_image, is_image
-from .data.features import accepted_names, find_head
+from .data.features import accepted_names
+from .data.gradient_pass import WARMUP_BATCH, WARMUP_STEPS
 from .data.mmd import mmd
-from .data.observe import evaluating
 from .data.proxy import TRAINING_SIGNALS
 from .data.search import describe
 from .data.selectors import registry as selectors
 from .data.sources import device_of, encode_labels, open_dataset, open_model
 from .data.store import write_atomic, write_json
-from .evaluate import accuracy, accuracy_by_class, paired_difference, r2
-from .recipe import ArmSpec, Recipe, check, dump, to_dict
+from .recipe import ArmSpec, Recipe, check, check_task, dump, load, to_dict
 from .scorers import registry as scorers
 from .tuning import train, trainable
-from .types import uniform_of
+from .types import Task, uniform_of
 
 GALLERY = 6  # pictures of each class, easiest and hardest
 THUMBNAIL = 64  # px
@@ -58,37 +60,49 @@ def run(recipe: Recipe, *, progress: bool = True) -> Path:
     say = _Sayer(progress)
     folder = recipe.folder
     _claim(folder, recipe)
-    job = Job(recipe, say)
-    arms = [job.arm(arm, number) for number, arm in enumerate(recipe.arms)]
-    result = job.result(arms)
-    write_json(folder / "result.json", result)
-    write_json(folder / "gallery.json", job.gallery())
+    if recipe.seeds == 1:
+        _run_seed(recipe, folder, say, recipe.seed)
+    else:
+        parts = []
+        for seed in range(recipe.seed, recipe.seed + recipe.seeds):
+            part = folder / "seeds" / str(seed)
+            done = (part / "result.json").exists()
+            say(f"seed {seed}, {len(parts) + 1} of {recipe.seeds}{': done before' if done else ''}")
+            if not done:
+                _run_seed(replace(recipe, seed=seed, seeds=1), part, say, recipe.seed)
+            parts.append(json.loads((part / "result.json").read_text(encoding="utf-8")))
+        result = mean_of_seeds(parts) | {"seed": recipe.seed, "recipe": to_dict(recipe)}
+        for name in ("scores.parquet", "gallery.json"):  # those of the first seed, for the report
+            write_atomic(folder / name, (folder / "seeds" / str(recipe.seed) / name).read_bytes())
+        write_json(folder / "result.json", result)
     from .report import write
 
     return write(folder)
 
 
-class Job:
-    """The state of one run: data, model and scores, made on first use."""
+def _run_seed(recipe: Recipe, folder: Path, say: _Sayer, test_seed: int) -> None:
+    job = Job(recipe, say, folder, test_seed)
+    arms = [job.arm(arm, number) for number, arm in enumerate(recipe.arms)]
+    write_json(folder / "gallery.json", job.gallery())
+    write_json(folder / "result.json", job.result(arms))  # last: it says that the seed is done
 
-    def __init__(self, recipe: Recipe, say: _Sayer):
-        self.recipe, self.say, self.folder = recipe, say, recipe.folder
+
+class Job:
+    """The state of one run with one seed: data, model and scores, made on first use."""
+
+    def __init__(self, recipe: Recipe, say: _Sayer, folder: Path, test_seed: int):
+        self.recipe, self.say, self.folder = recipe, say, folder
         data = recipe.data
         self.train = open_dataset(data.train, data.train_split, limit=data.train_limit, seed=recipe.seed)
-        self.test = open_dataset(
-            data.test or data.train, data.test_split, limit=data.test_limit, seed=recipe.seed
+        self.test = open_dataset(  # the same for all seeds
+            data.test or data.train, data.test_split, limit=data.test_limit, seed=test_seed
         )
-        rows = Examples(self.train, label_column=data.label_column)
-        if column := rows.label_column:
-            self.train = encode_labels(self.train, column)
-            rows = Examples(self.train, label_column=data.label_column)
-            self.test = encode_labels(self.test, column, rows.class_names)
-        self.task, num_classes = rows.target()
-        self.classes = rows.class_names or [str(c) for c in range(num_classes)]
+        num_classes = self._find_task()
+        check_task(recipe, self.task)
         self.model, self.processor = open_model(
             recipe.model.name,
             task=self.task,
-            num_labels=num_classes or 1,
+            num_labels=None if self.task == "causal-lm" else num_classes or 1,
             **({"seed": recipe.seed} | recipe.model.options),
         )
         device = device_of(recipe.device)
@@ -99,22 +113,19 @@ class Job:
             "max_length": data.max_length,
         }
         self.train_examples, self.test_examples = (
-            Examples(self.train, **reading),
-            Examples(self.test, **reading),
+            Examples(self.train, **reading, task=self.task),
+            Examples(self.test, **reading, task=self.task),
         )
         self.train_examples.accepted = self.test_examples.accepted = accepted_names(self.model)
-        labels = self.test_examples.labels()
-        if labels is None:
-            raise ValueError(
-                f"data.test={data.test or data.train!r} has no label column; nothing could be measured"
-            )
-        self.test_labels = check_labels(labels, self.test_examples.ids, len(self.classes), self.task)
+        self.test_labels = self._read_test_labels()
         self.methods = self._methods()
         self.say(f"scoring {len(self.train):,} examples: {', '.join(self.methods)}")
-        self.scores = pruner.score(
+        tune = recipe.tune
+        self.scores = scoring.score(
             self.model,
             self.train,
             list(self.methods.values()),
+            lora={"rank": tune.rank, "alpha": tune.alpha, "target_modules": tune.target_modules},
             **reading,
             task=self.task,
             proxy=recipe.proxy,
@@ -126,6 +137,37 @@ class Job:
         )
         table = self.folder / "scores" / "scores.parquet"
         write_atomic(self.folder / table.name, table.read_bytes())  # beside the report
+
+    def _find_task(self) -> int:
+        """Sets the task and the class names; returns how many classes there are, or 0."""
+        data, self.classes = self.recipe.data, []
+        rows = Examples(self.train, label_column=data.label_column)
+        if self.recipe.task == "causal-lm" or (self.recipe.task is None and rows.has_instructions):
+            self.task: Task = "causal-lm"
+            return 0
+        column = rows.label_column
+        if column and self.recipe.task != "regression":
+            self.train = encode_labels(self.train, column)
+            rows = Examples(self.train, label_column=data.label_column)
+            self.test = encode_labels(self.test, column, rows.class_names)
+        found, num_classes = rows.target()
+        self.task = self.recipe.task or found
+        if self.task == "regression":
+            return 0
+        self.classes = rows.class_names or [str(c) for c in range(num_classes)]
+        return len(self.classes)
+
+    def _read_test_labels(self) -> Tensor | None:
+        if self.task == "causal-lm":
+            self.test_examples.read([0])  # columns without a response are an error now, not after the tuning
+            return None
+        labels = self.test_examples.labels()
+        if labels is None:
+            raise ValueError(
+                f"data.test={self.recipe.data.test or self.recipe.data.train!r} has no label column; "
+                "nothing could be measured"
+            )
+        return check_labels(labels, self.test_examples.ids, len(self.classes), self.task)
 
     def _methods(self) -> dict[str, Any]:
         """{name: scorer}; two arms that use one scorer with other options get a score of their own."""
@@ -170,11 +212,14 @@ class Job:
         """What this arm alone would have paid: the shared pass counts in full for each arm that needs it."""
         if arm.scorer is None and "embeddings" not in selector.needs:
             return 0.0
-        spent = self.scores.cost["seconds"]
+        method = None if arm.scorer is None else self.methods[self.scorer_of[arm.name]]
+        cost = self.scores.cost
+        spent = cost.get("lora" if hasattr(method, "reading") else "plain", cost)["seconds"]
         total = spent["decoding"] + spent["unmasked"]
-        if arm.scorer is not None:
-            method = self.methods[self.scorer_of[arm.name]]
-            total += spent[method.name]
+        if method is not None:
+            if f"model of {method.name}" in spent:  # a pass of its own, and none of the scored model
+                return spent[f"model of {method.name}"] + spent[method.name]
+            total += spent[method.name] + spent.get("warmup", 0.0) + spent.get("moments", 0.0)
             total += spent["path"] if hasattr(method, "path") else 0.0
             total += spent["proxy"] if method.needs & TRAINING_SIGNALS else 0.0
         return total
@@ -189,7 +234,7 @@ class Job:
         positions, selector, seconds = self.select(arm)
         tune, seed = self.recipe.tune, self.recipe.seed
         labels = self.scores.signals.labels
-        assert labels is not None
+        kept_labels = None if labels is None else labels[positions]
         steps = tune.epochs * -(-len(positions) // tune.batch_size)
         self.say(
             f"{arm.name}: tuning on {len(positions):,} of {self.scores.total:,} examples, {steps:,} steps"
@@ -201,7 +246,7 @@ class Job:
             model = copy.deepcopy(self.model)
             model = trainable(
                 model,
-                find_head(model),
+                scoring.tuned_head(model),
                 tune.method,
                 rank=tune.rank,
                 alpha=tune.alpha,
@@ -211,7 +256,7 @@ class Job:
             train(
                 model,
                 len(rows),
-                lambda picks: self.batch(rows[picks], labels[positions][picks]),
+                lambda picks: self.batch(rows[picks], None if kept_labels is None else kept_labels[picks]),
                 epochs=tune.epochs,
                 batch_size=tune.batch_size,
                 learning_rate=tune.learning_rate,
@@ -228,7 +273,7 @@ class Job:
             raise ValueError(
                 f"test example {name!r}: {reason}; mend it, or go on without it: on_bad: set_aside"
             )
-        truth = self.test_labels[kept]
+        truth = None if self.test_labels is None else self.test_labels[kept]
         seconds |= {"tuning": cost.seconds, "evaluation": evaluation.seconds}
         entry = {
             "name": arm.name,
@@ -242,7 +287,7 @@ class Job:
             "epochs": tune.epochs,
             "steps": steps,
             "seconds": seconds,
-            "flops": self._flops(arm, model, rows, labels[positions]),
+            "flops": self._flops(arm, model, rows, kept_labels),
             "peak_bytes": cost.peak_bytes,
             "mmd": self._mmd(positions),
             "model": {
@@ -251,27 +296,14 @@ class Job:
             },
             "test_set_aside": bad,
             "ids": self.scores.signals.ids[positions.numpy()].tolist(),
-        } | self._quality(outputs, truth, labels[positions])
+        } | quality(self.task, outputs, truth, kept_labels, len(self.classes))
         write_json(path, entry)
         return entry
 
-    def batch(self, rows: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def batch(self, rows: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         """What the Trainer's collator returns for `rows` of the training examples."""
         _, inputs, _, _ = self.train_examples.read(rows.tolist())
-        return {**inputs, "labels": labels}
-
-    def _quality(self, outputs: Tensor, truth: Tensor, labels: Tensor) -> dict[str, Any]:
-        if self.task == "regression":
-            loss = (outputs[:, 0] - truth) ** 2 / truth.var(correction=0)
-            return {"accuracy": r2(outputs, truth), "each": (1 - loss).tolist()}
-        C = len(self.classes)
-        by_class = accuracy_by_class(outputs, truth, C)
-        return {
-            "accuracy": accuracy(outputs, truth),
-            "accuracy_by_class": [None if np.isnan(a) else float(a) for a in by_class],
-            "kept_by_class": torch.bincount(labels, minlength=C).tolist(),
-            "each": (outputs.argmax(1) == truth).int().tolist(),
-        }
+        return inputs if labels is None else {**inputs, "labels": labels}
 
     def _mmd(self, positions: Tensor) -> float:
         """To the full set; of that, and of the subset, at most 5,000 examples are looked at."""
@@ -283,21 +315,28 @@ class Job:
         chosen[positions] = True
         return mmd(embeddings[order[:MMD_EXAMPLES]], embeddings[order[chosen[order]][:MMD_EXAMPLES]])
 
-    def _flops(self, arm: ArmSpec, model: nn.Module, rows: Tensor, labels: Tensor) -> dict[str, float]:
+    def _flops(self, arm: ArmSpec, model: nn.Module, rows: Tensor, labels: Tensor | None) -> dict[str, float]:
         """Counted on one batch and multiplied; the scoring of an arm without a scorer is free."""
         batch = rows[: self.recipe.tune.batch_size]
-        _, inputs, _, _ = self.train_examples.read(batch.tolist())
         device = next(model.parameters()).device
+        inputs = self.batch(batch, None if labels is None else labels[: len(batch)])
         inputs = {k: v.to(device) for k, v in inputs.items()}
-        a_row = train_flops(model, {**inputs, "labels": labels[: len(batch)].to(device)}) / len(batch)
-        passes = 0
+        a_row = train_flops(model, inputs) / len(batch)
+        spent = 0.0
         if arm.scorer is not None:
-            method = self.methods[self.scorer_of[arm.name]]
-            passes = len(self.scores.signals.paths[method.path].points) if hasattr(method, "path") else 1
-        scoring = (
-            forward_flops(self.model, inputs) / len(batch) * passes * self.scores.total if passes else 0.0
-        )
-        return {"scoring": scoring, "tuning": a_row * len(rows) * self.recipe.tune.epochs}
+            method, total = self.methods[self.scorer_of[arm.name]], self.scores.total
+            if hasattr(
+                method, "reading"
+            ):  # forward and backward: of all, of those for moments, of the warm-up
+                reading = method.reading
+                sample = getattr(reading, "sample", getattr(reading, "target_limit", 0))
+                steps = WARMUP_STEPS if reading.warmup_steps is None else reading.warmup_steps
+                seen = total * reading.epochs + min(sample or total, total) + steps * WARMUP_BATCH
+                spent = a_row * seen
+            else:
+                passes = len(self.scores.signals.paths[method.path].points) if hasattr(method, "path") else 1
+                spent = forward_flops(self.model, inputs) / len(batch) * passes * total
+        return {"scoring": spent, "tuning": a_row * len(rows) * self.recipe.tune.epochs}
 
     def result(self, arms: list[dict[str, Any]]) -> dict[str, Any]:
         """`result.json`: everything the report shows."""
@@ -305,6 +344,9 @@ class Job:
         methods = {}
         for name, method in self.methods.items():
             entry: dict[str, Any] = {"seconds": spent[name], "passes": 1}
+            if hasattr(method, "reading"):
+                entry |= {"warmup_seconds": spent["warmup"], "moments_seconds": spent["moments"]}
+                entry["settings"] = {k: str(v) for k, v in vars(method).items() if k != "reading"}
             if hasattr(method, "path"):
                 points = self.scores.signals.paths[method.path].points
                 entry |= {"points": [float(p) for p in points], "passes": len(points)}
@@ -318,7 +360,7 @@ class Job:
             "serpette": __version__,
             "seed": recipe.seed,
             "task": self.task,
-            "metric": "accuracy" if self.task == "classification" else "r2",
+            "metric": METRICS[self.task],
             "finished": True,
             "recipe": to_dict(recipe),
             "versions": versions(),
@@ -341,7 +383,7 @@ class Job:
                 {k: v for k, v in arm.items() if k not in ("each", "ids", "model", "test_set_aside")}
                 for arm in arms
             ],
-            "comparisons": _comparisons(arms),
+            "comparisons": comparisons(arms, self.task),
         }
 
     def gallery(self) -> list[dict[str, Any]]:
@@ -378,52 +420,11 @@ class Job:
         return {"text": text[:300]} if text else {}
 
 
-def predict(
-    model: nn.Module, examples: Examples, batch_size: int
-) -> tuple[Tensor, list[int], dict[str, str]]:
-    """Outputs (N, C) float32 on the CPU, the rows that could be read, {id: reason} of the others."""
-    device = next(model.parameters()).device
-    outputs, kept, set_aside = [], [], {}
-    with evaluating(model), torch.inference_mode():
-        for start in range(0, len(examples), batch_size):
-            good, inputs, _, bad = examples.read(range(start, min(start + batch_size, len(examples))))
-            set_aside |= bad
-            if good:
-                outputs.append(model(**{k: v.to(device) for k, v in inputs.items()}).logits.float().cpu())
-                kept += good
-    if not outputs:
-        raise ValueError(f"none of the {len(examples)} test examples could be read")
-    return torch.cat(outputs), kept, set_aside
-
-
 def set_seeds(seed: int) -> None:
     """Every generator that a Trainer or a new weight draws from."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-
-
-def _comparisons(arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each pruned arm against the arm that keeps all, and against the random choice; same test examples."""
-    full = next((a for a in arms if a["select"] is None), None)
-    control = next((a for a in arms if a["scorer"] is None and a["select"] is not None), None)
-    comparisons = []
-    for arm in arms:
-        for other in (full, control):
-            if other is None or other is arm or arm is full:
-                continue
-            difference, low, high = paired_difference(arm["each"], other["each"])
-            comparisons.append(
-                {
-                    "arm": arm["name"],
-                    "to": other["name"],
-                    "difference": difference,
-                    "low": low,
-                    "high": high,
-                    "within_noise": low <= 0 <= high,
-                }
-            )
-    return comparisons
 
 
 def _gamma(selector: str | None) -> float | None:
@@ -432,16 +433,24 @@ def _gamma(selector: str | None) -> float | None:
 
 
 def _claim(folder: Path, recipe: Recipe) -> None:
-    """The folder is for this recipe: begun by it, or empty."""
+    """The folder is for this recipe: begun by it, or without any work in it."""
     path = folder / "recipe.yaml"
-    text = dump(recipe)
-    if not path.exists():
-        write_atomic(path, text)
-    elif path.read_text(encoding="utf-8") != text:
+    begun = any((folder / name).exists() for name in ("scores", "seeds", "arms", "result.json"))
+    if not path.exists() or not begun:
+        write_atomic(path, dump(recipe))
+    elif path.read_text(encoding="utf-8") != dump(recipe) and not _same(path, recipe):
         raise ValueError(
             f"{folder} holds the run of another recipe; "
             "give another folder with --out, or delete it to start afresh"
         )
+
+
+def _same(path: Path, recipe: Recipe) -> bool:
+    """Whether the recipe at `path`, perhaps written before a key was added, is this one."""
+    try:
+        return load(path) == recipe
+    except ValueError:
+        return False
 
 
 class _Sayer:

@@ -47,8 +47,8 @@ class DataSpec:
     """At most so many test examples; None: all."""
     label_column: str | None = None
     """Column of the labels; None: found by its name (label, labels, target, rating, class)."""
-    max_length: int = 128
-    """Tokens a text is cut to."""
+    max_length: int | None = None
+    """Tokens a text is cut to; None: 128, and 1024 in a causal language model."""
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,12 @@ class Recipe:
     data: DataSpec
     arms: tuple[ArmSpec, ...]
     tune: TuneSpec = TuneSpec()
+    task: Literal["classification", "regression", "causal-lm"] | None = None
+    """What the model learns; None: by the label column, and without one the responses of instructions."""
     seed: int = 0
     """Of everything random: the drawn examples, the choice, the new weights, the order."""
+    seeds: int = 1
+    """The job is done for so many seeds, from `seed` on, and compared seed by seed; 5 show what is noise."""
     batch_size: int = 64
     """Examples a forward pass while scoring; changes speed and memory, never a score."""
     proxy: Literal["probe", "finetune", "model"] = "probe"
@@ -177,9 +181,6 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
     Raises:
         ValueError: names `where`, the key, the value and the limit.
     """
-    from .data.selectors import registry as selectors
-    from .scorers import registry as scorers
-
     tune, data = recipe.tune, recipe.data
     limits: list[tuple[str, Any, bool, str]] = [
         (
@@ -189,6 +190,7 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
             "letters, digits, '.', '-', '_'",
         ),
         ("seed", recipe.seed, 0 <= recipe.seed < 2**32, "in [0, 2**32)"),
+        ("seeds", recipe.seeds, 1 <= recipe.seeds <= 2**32 - recipe.seed, "at least 1"),
         ("batch_size", recipe.batch_size, recipe.batch_size >= 1, "at least 1"),
         (
             "data.train_limit",
@@ -202,7 +204,12 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
             data.test_limit is None or data.test_limit >= 1,
             "at least 1, or null for all",
         ),
-        ("data.max_length", data.max_length, data.max_length >= 1, "at least 1"),
+        (
+            "data.max_length",
+            data.max_length,
+            data.max_length is None or data.max_length >= 1,
+            "at least 1, or null",
+        ),
         ("tune.epochs", tune.epochs, tune.epochs >= 1, "at least 1"),
         ("tune.learning_rate", tune.learning_rate, 0 < tune.learning_rate < float("inf"), "above 0"),
         ("tune.batch_size", tune.batch_size, tune.batch_size >= 1, "at least 1"),
@@ -226,11 +233,83 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
         key = f"{where}: arms.{i}"
         if names.index(arm.name) < i:
             raise ValueError(f"{key}.name={arm.name!r} is taken by arms.{names.index(arm.name)}")
-        if arm.scorer is not None and arm.scorer not in scorers:
-            raise ValueError(f"{key}.scorer={arm.scorer!r} is unknown{near(arm.scorer, scorers)}")
-        if arm.select is not None and arm.select not in selectors:
-            raise ValueError(f"{key}.select={arm.select!r} is unknown{near(arm.select, selectors)}")
+        _check_methods(recipe, arm, key)
         _check_keep(arm, key, data.train_limit or 1)
+    if recipe.task is not None:
+        check_task(recipe, recipe.task, where)
+
+
+def check_task(recipe: Recipe, task: str, where: str = "recipe") -> None:
+    """Whether each arm, and what trains, has a meaning in the `task` of the data.
+
+    Raises:
+        ValueError: names the arm, and what has a meaning.
+    """
+    from .data.selectors import registry as selectors
+    from .scorers import registry as scorers
+
+    if task == "causal-lm" and recipe.tune.method == "head":
+        raise ValueError(
+            f"{where}: tune.method='head' has no meaning in a causal-lm, whose head is that of the "
+            "vocabulary; use 'lora' or 'full'"
+        )
+    for i, arm in enumerate(recipe.arms):
+        key = f"{where}: arms.{i}"
+        if arm.scorer is not None and task not in scorers[arm.scorer].tasks:
+            able = ", ".join(name for name, cls in scorers.items() if task in cls.tasks)
+            raise ValueError(
+                f"{key}.scorer={arm.scorer!r} has no meaning in a {task}; those that have: {able}"
+            )
+        if arm.per_class and task != "classification":
+            raise ValueError(
+                f"{key}.per_class={arm.per_class!r} needs classes, and this is a {task}; leave it out"
+            )
+        selector = selectors.make(arm.select, **arm.select_options) if arm.select else None
+        if task == "causal-lm" and len(getattr(selector, "candidates", list)()) > 1:
+            raise ValueError(
+                f"{key}.select={arm.select!r} is open: its option is searched by a probe on labels, and a "
+                "causal-lm has none; give it, e.g. select_options: {gamma: 0.5}, or use top_hard"
+            )
+
+
+def _check_methods(recipe: Recipe, arm: ArmSpec, key: str) -> None:
+    """That scorer and selector exist and take their options, and what a scorer with a LoRA needs."""
+    from .data.selectors import registry as selectors
+    from .scorers import registry as scorers
+
+    made = {}
+    for kind, registry, options in (
+        ("scorer", scorers, arm.scorer_options),
+        ("select", selectors, arm.select_options),
+    ):
+        name = getattr(arm, kind)
+        if name is not None and name not in registry:
+            raise ValueError(f"{key}.{kind}={name!r} is unknown{near(name, registry)}")
+        try:
+            made[kind] = registry.make(name, **options) if name is not None else None
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{key}.{kind}: {error}") from None
+    reading = getattr(made["scorer"], "reading", None)
+    if reading is None:
+        return
+    if recipe.tune.method != "lora":
+        raise ValueError(
+            f"{key}.scorer={arm.scorer!r} reads the gradients of a LoRA, and tune.method="
+            f"{recipe.tune.method!r} has none; use tune.method: lora, or another scorer"
+        )
+    if not hasattr(reading, "target"):
+        return
+    if not reading.target:
+        raise ValueError(
+            f"{key}.scorer_options has no target: a name, a path or ids of what the examples are to be like, "
+            "e.g. {target: my-data, target_split: validation}"
+        )
+    test = recipe.data.test or recipe.data.train, recipe.data.test_split
+    if (reading.target, reading.target_split) == test:
+        raise ValueError(
+            f"{key}.scorer_options: target={reading.target!r} with target_split={reading.target_split!r} are "
+            "the test examples, by which nothing may be chosen; name another split, e.g. target_split: train"
+        )
 
 
 def _check_keep(arm: ArmSpec, key: str, total: int) -> None:

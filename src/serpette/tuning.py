@@ -23,6 +23,10 @@ def trainable(
 ) -> nn.Module:
     """`model` with what `method` trains: LoRA factors and the head, everything, or the head alone.
 
+    Args:
+        head: the layer that stays whole and trains with the LoRA; None in a causal language model, whose head
+            of the vocabulary (often tied to the embeddings) gets neither LoRA nor training.
+
     Raises:
         ValueError: `"head"` for a model without one.
     """
@@ -63,7 +67,12 @@ def _quiet() -> Iterator[None]:
 
 def _targets(model: nn.Module, head: nn.Module | None) -> list[str]:
     """Every Linear but the head: peft's own "all-linear" keeps the head out of some model classes only."""
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    words: Any = getattr(model, "get_output_embeddings", lambda: None)()  # of a language model
+    return [
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and m is not head and m is not words
+    ]
 
 
 def train(

@@ -9,6 +9,7 @@ from .run import Run, cost_of, is_noise, number
 
 NOISE = "within the noise of one seed and this test set"
 BEYOND = "beyond the noise of this test set"
+OF_SEEDS = {NOISE: "within the noise of these {} seeds", BEYOND: "beyond the noise of these {} seeds"}
 SAVED = 0.98  # a cost above 98 % of the full one is no saving: timings vary by about 2 % from run to run
 
 Arm = dict[str, Any]
@@ -97,7 +98,7 @@ def _sign(run: Run, arm: Arm, to: Arm | None) -> str | None:
         return None
     if within or difference == 0:
         return "noise"
-    return "better" if difference > 0 else "worse"
+    return "better" if (difference < 0) == run.lower_is_better else "worse"
 
 
 def _difference(run: Run, arm: Arm, to: Arm) -> tuple[float | None, bool | None]:
@@ -105,15 +106,16 @@ def _difference(run: Run, arm: Arm, to: Arm) -> tuple[float | None, bool | None]
     comparison = run.comparison(arm["name"], to["name"])
     if comparison:
         return comparison["difference"], is_noise(comparison)
-    mine, other = number(arm.get("accuracy")), number(to.get("accuracy"))
+    key = "loss" if run.lower_is_better else "accuracy"
+    mine, other = number(arm.get(key)), number(to.get(key))
     return (None, None) if mine is None or other is None else (mine - other, None)
 
 
 def _kept(subject: Arm, full: Arm | None, chance: Arm | None) -> str:
     kept, total = subject.get("examples"), full.get("examples") if full else None
-    share = f"{kept:,} examples" if kept is not None else "a part of the examples"
+    share = f"{kept:,.0f} examples" if kept is not None else "a part of the examples"
     if kept is not None and total:
-        share = f"{kept:,} of {total:,} training examples ({100 * kept / total:.0f} %)"
+        share = f"{kept:,.0f} of {total:,.0f} training examples ({100 * kept / total:.0f} %)"
     text = f"{subject['name']} kept {share} and cost {_cost(subject)} of scoring, selection and tuning"
     mine, whole = cost_of(subject), cost_of(full) if full else None
     if whole and mine is not None:
@@ -130,13 +132,16 @@ def _lost(run: Run, subject: Arm, full: Arm | None, chance: Arm | None) -> str:
         difference, within = _difference(run, subject, to) if to else (None, None)
         if difference is None:
             continue
-        verb = "gained" if difference > 0 else "lost"
+        verb = "gained" if (difference < 0) == run.lower_is_better else "lost"
         amount = size(run, difference)
-        whole = f"{verb} {amount} against {name}" if float(amount.split()[0]) else f"matched {name}"
+        whole = f"{verb} {amount} against {name}"
+        if run.lower_is_better:  # a loss that is lost would be a gain
+            whole = f"was {'better' if verb == 'gained' else 'worse'} by {amount} than {name}"
+        whole = whole if float(amount.split()[0]) else f"matched {name}"
         phrases.append(whole)
-        noises.append("noise not measured" if within is None else NOISE if within else BEYOND)
+        noises.append("noise not measured" if within is None else noise_of(run, NOISE if within else BEYOND))
     if not phrases:
-        return "What was lost is not known yet." if number(subject.get("accuracy")) is None else (
+        return "What was lost is not known yet." if run.value(subject) is None else (
             f"It reached {_value(run, subject)}; there is no other arm to compare it with."
         )  # fmt: skip
     if len(phrases) == 2 and noises[0] == noises[1]:
@@ -144,6 +149,11 @@ def _lost(run: Run, subject: Arm, full: Arm | None, chance: Arm | None) -> str:
     else:
         text = "It " + " and ".join(f"{p} ({n})" for p, n in zip(phrases, noises, strict=True)) + "."
     return text if chance or is_random(subject) else text + " No random choice of the same size was run."
+
+
+def noise_of(run: Run, words: str) -> str:
+    """`NOISE` or `BEYOND`, as it is said of one seed or of several."""
+    return OF_SEEDS[words].format(len(run.seeds)) if run.seeds else words
 
 
 def noise_lines(run: Run) -> list[tuple[str, list[str]]]:
@@ -154,12 +164,12 @@ def noise_lines(run: Run) -> list[tuple[str, list[str]]]:
         noise = is_noise(c)
         if difference is not None and noise is not None:
             groups[noise].append(f"{c['arm']} to {c['to']} {interval(run, c)}")
-    lines = [("Beyond the noise of this test set", groups[False]), (NOISE.capitalize(), groups[True])]
+    lines = [(noise_of(run, words).capitalize(), groups[words == NOISE]) for words in (BEYOND, NOISE)]
     return [line for line in lines if line[1]]
 
 
 def interval(run: Run, c: dict[str, Any]) -> str:
-    """`−2.1 (−3.5 to −0.7)`, in points or, for R2, in its own unit."""
+    """`−2.1 (−3.5 to −0.7)`, in points; for R2 in its own unit; for a perplexity in nats of the loss."""
     low, high = number(c.get("low")), number(c.get("high"))
     text = signed(run, c["difference"])
     return text if low is None or high is None else f"{text} ({signed(run, low)} to {signed(run, high)})"
@@ -173,16 +183,20 @@ def signed(run: Run, difference: float) -> str:
 
 def size(run: Run, difference: float) -> str:
     """A difference without its sign, with its unit."""
+    if run.lower_is_better:
+        return f"{abs(difference):.3f} nats of loss"
     if not run.classification:
         return f"{abs(difference):.3f} of {run.metric}"
     return f"{100 * abs(difference):.1f} points of {run.metric}"
 
 
 def shown(run: Run, value: Any) -> str:
-    """A value of the metric: `81.2 %`, or `0.812` for R2."""
+    """A value of the metric: `81.2 %`, `0.812` for R2, `8.12` for a perplexity."""
     value = number(value)
     if value is None:
         return "–"
+    if run.lower_is_better:
+        return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
     return f"{100 * value:.1f} %" if run.classification else f"{value:.3f}".replace("-", "−")
 
 
@@ -210,6 +224,6 @@ def _chance_name(arm: Arm) -> str:
 
 
 def _value(run: Run, arm: Arm) -> str:
-    return f"{shown(run, arm.get('accuracy'))} {run.metric}" if run.classification else (
-        f"{run.metric} of {shown(run, arm.get('accuracy'))}"
+    return f"{shown(run, run.value(arm))} {run.metric}" if run.classification else (
+        f"{run.metric} of {shown(run, run.value(arm))}"
     )  # fmt: skip

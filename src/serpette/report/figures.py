@@ -34,8 +34,8 @@ def arm_index(run: Run) -> dict[str, int]:
 
 
 def accuracy_against_cost(run: Run) -> str | None:
-    """One point an arm, with the 95 % interval of its accuracy over the test examples."""
-    points = [(arm, cost_of(arm), number(arm.get("accuracy"))) for arm in run.arms]
+    """One point an arm, with the 95 % interval of its metric over the seeds, else of its accuracy."""
+    points = [(arm, cost_of(arm), run.value(arm)) for arm in run.arms]
     points = [(arm, x, y) for arm, x, y in points if x is not None and y is not None]
     if not points:
         return None
@@ -46,6 +46,7 @@ def accuracy_against_cost(run: Run) -> str | None:
     index, dots, spans = arm_index(run), [], []
     for arm, x, y in points:
         low, high = proportion_interval(y, n) if run.classification and n and 0 <= y <= 1 else (y, y)
+        low, high = run.interval(arm) or ((y, y) if run.seeds else (low, high))
         color, marker = _mark(index[arm["name"]])
         ax.plot([x / per] * 2, [low * scale, high * scale], color=color, lw=1.6, solid_capstyle="round")
         ax.plot(x / per, y * scale, marker, ms=8, color=color, mec=THEME["page"], mew=1.2, zorder=3)

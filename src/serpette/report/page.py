@@ -43,7 +43,10 @@ def render(run: Run) -> str:
         facts=facts(run),
         arms=arm_rows(run),
         metric=run.metric,
-        unit="points" if run.classification else run.metric,
+        unit=_unit(run),
+        compared=sum(len(items) for _, items in noise_lines(run)),
+        lower_is_better=run.lower_is_better,
+        seeds=run.seeds,
         test_examples=run.data.get("test_examples"),
         classification=run.classification,
         gallery=gallery[:OPEN_CLASSES],
@@ -54,7 +57,7 @@ def render(run: Run) -> str:
         scorers=scorer_rows(run),
         versions=run.result.get("versions") or {},
         hardware=hardware_rows(run),
-        seed=run.result.get("seed"),
+        seed=", ".join(map(str, run.seeds)) or run.result.get("seed"),
         **drawn,
     )
 
@@ -72,9 +75,22 @@ def facts(run: Run) -> list[str]:
         found.append(f"{data['train_examples']:,} training and {data['test_examples']:,} test examples")
     if len(run.class_names) > 1:
         found.append(f"{len(run.class_names)} classes")
-    if run.result.get("seed") is not None:
+    if run.seeds:
+        found.append(f"{len(run.seeds)} seeds, {run.seeds[0]} to {run.seeds[-1]}")
+    elif run.result.get("seed") is not None:
         found.append(f"seed {run.result['seed']}")
     return found
+
+
+def _unit(run: Run) -> str:
+    if run.lower_is_better:
+        return "nats of the mean loss of a response (less is better; 0.01 is about 1 % of perplexity)"
+    return f"points of {run.metric}" if run.classification else run.metric
+
+
+def _ends(run: Run, arm: dict) -> str:
+    ends = run.interval(arm)
+    return "" if ends is None else f"({shown(run, ends[0]).removesuffix(' %')} to {shown(run, ends[1])})"
 
 
 def arm_rows(run: Run) -> list[dict[str, Any]]:
@@ -92,15 +108,16 @@ def arm_rows(run: Run) -> list[dict[str, Any]]:
             "name": arm["name"],
             "how": _how(arm),
             "index": index[arm["name"]],
-            "kept": "–" if kept is None else f"{kept:,}",
+            "kept": "–" if kept is None else f"{kept:,.0f}",
             "kept_share": f"{100 * kept / total:.0f} %" if kept is not None and total else "",
-            "value": shown(run, arm.get("accuracy")),
+            "value": shown(run, run.value(arm)),
+            "ends": _ends(run, arm),
             "to_full": _against(run, arm, full),
             "to_chance": _against(run, arm, chance),
             "cost": seconds(cost),
             "cost_share": f"{100 * cost / whole:.0f} %" if cost is not None and whole else "",
             "parts": [(part, seconds(number(time.get(part)))) for part in ("scoring", "selection", "tuning")],
-            "steps": f"{arm['steps']:,}" if number(arm.get("steps")) is not None else "–",
+            "steps": f"{arm['steps']:,.0f}" if number(arm.get("steps")) is not None else "–",
             "epochs": arm.get("epochs"),
             "flops": _count(sum(f or 0 for f in flops)) if flops else "–",
             "peak": _bytes(peak) if peak else "–",

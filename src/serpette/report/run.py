@@ -30,6 +30,25 @@ class Run:
         return "R²" if name == "r2" else str(name)
 
     @property
+    def lower_is_better(self) -> bool:
+        return self.metric == "perplexity"
+
+    @property
+    def seeds(self) -> list[int]:
+        """Several of them, or none where one seed was run."""
+        seeds = self.result.get("seeds")
+        return list(seeds) if isinstance(seeds, list) and len(seeds) > 1 else []
+
+    def value(self, arm: dict[str, Any]) -> float | None:
+        """The metric of an arm; with several seeds their mean."""
+        return number(arm.get("perplexity" if self.lower_is_better else "accuracy"))
+
+    def interval(self, arm: dict[str, Any]) -> tuple[float, float] | None:
+        """The 95 % interval of `value` over several seeds; None with one."""
+        ends = [number(end) for end in arm.get("interval") or []] if self.seeds else []
+        return (ends[0], ends[1]) if len(ends) == 2 and None not in ends else None  # type: ignore[return-value]
+
+    @property
     def arms(self) -> list[dict[str, Any]]:
         return [a for a in self.result.get("arms") or [] if isinstance(a, dict) and a.get("name") is not None]
 
