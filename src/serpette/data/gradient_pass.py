@@ -89,11 +89,6 @@ class GradientPass:
         for name, parameter in self.trained.items():
             parameter.grad = self._gradients[name]
 
-    @property
-    def reads_given_model(self) -> bool:
-        """Whether the model as it was given is among those that are read: its forward pass is shared."""
-        return any(state.values is None for state in self.states)
-
     def prepare(
         self,
         examples: Examples,
