@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from serpette import zoo
+from serpette.cost import versions
 from serpette.data.examples import Examples
 from serpette.data.store import write_json
 
@@ -70,3 +71,31 @@ def ratio(pairs: list[dict], kind: str) -> dict[str, float]:
         "a_seconds": statistics.median(p["a"][kind] for p in pairs),
         "b_seconds": statistics.median(p["b"][kind] for p in pairs),
     }
+
+
+def run_parts(
+    name: str,
+    parts: dict[str, Callable[[Path, bool], dict]],
+    out: Path,
+    args: list[str],
+    facts: dict,
+    kept: str = "",
+) -> None:
+    """Runs the `parts` that `args` name, or all, and writes each to `result.json` as soon as it is done."""
+    quick, wanted = "--quick" in args, [a for a in args if not a.startswith("--")]
+    if unknown := [a for a in wanted if a not in parts]:
+        raise ValueError(f"unknown part {unknown[0]!r}; known: {', '.join(parts)}")
+    torch.set_num_threads(1)
+    folder = zoo.cache_dir() / "benchmarks" / f"{kept or name}{'-quick' if quick else ''}"
+    if "--fresh" in args:
+        for file in folder.glob("*.json"):
+            file.unlink()
+    file = folder / "result.json" if quick else out / "result.json"
+    for number, part in enumerate(wanted or parts):
+        console.print(f"[{number + 1}/{len(wanted or parts)}] {part}", markup=False)
+        found = parts[part](folder, quick)
+        result = json.loads(file.read_text()) if file.exists() else {"parts": {}}
+        result["parts"][part] = found
+        result |= {"command": f"serpette bench {name}", "quick": quick, "versions": versions(), **facts}
+        write_json(file, result)
+    console.print(f"written: {file}")

@@ -24,11 +24,11 @@ from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # timing.py, shared by the benchmarks
 
-from timing import Decoded, console, interleaved, timed
+from timing import Decoded, console, interleaved, run_parts, timed
 
 import serpette
 from serpette import zoo
-from serpette.cost import hardware, measure, versions
+from serpette.cost import hardware, measure
 from serpette.data.examples import Examples
 from serpette.data.features import Reader, find_head
 from serpette.data.store import write_json
@@ -401,30 +401,12 @@ PARTS = {
 
 
 def main(out: Path, args: list[str]) -> None:
-    quick, wanted = "--quick" in args, [a for a in args if not a.startswith("--")]
-    if unknown := [a for a in wanted if a not in PARTS]:
-        raise ValueError(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
-    torch.set_num_threads(1)
-    folder = zoo.cache_dir() / "benchmarks" / ("dlc_speed-quick" if quick else "dlc_speed")
-    if "--fresh" in args:
-        for file in folder.glob("*.json"):
-            file.unlink()
-    file = folder / "result.json" if quick else out / "result.json"
-    for number, name in enumerate(wanted or PARTS):
-        console.print(f"[{number + 1}/{len(wanted or PARTS)}] {name}", markup=False)
-        part = PARTS[name](folder, quick)
-        result = json.loads(file.read_text()) if file.exists() else {"parts": {}}
-        result["parts"][name] = part
-        result |= {
-            "command": "serpette bench dlc_speed",
-            "quick": quick,
-            "paper": PAPER,
-            "versions": versions(),
-            "hardware": hardware(),
-            "comparisons": "one ratio a line of the README's table, from 1 to 5 interleaved pairs",
-        }
-        write_json(file, result)
-    console.print(f"written: {file}")
+    facts = {
+        "paper": PAPER,
+        "hardware": hardware(),
+        "comparisons": "one ratio a line of the README's table, from 1 to 5 interleaved pairs",
+    }
+    run_parts("dlc_speed", PARTS, out, args, facts)
 
 
 if __name__ == "__main__":  # a fresh process of `growth`

@@ -24,11 +24,11 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # timing.py, shared by the benchmarks
 
-from timing import Decoded, console, interleaved, timed
+from timing import Decoded, console, interleaved, run_parts, timed
 
 import serpette
 from serpette import zoo
-from serpette.cost import hardware, measure, versions
+from serpette.cost import hardware, measure
 from serpette.data.examples import Examples
 from serpette.data.features import Reader, find_head
 from serpette.data.gradient_pass import GradientPass
@@ -342,31 +342,8 @@ PARTS = {"scoring": scoring, "moments": moments, "growth": growth, "folded": fol
 
 
 def main(out: Path, args: list[str]) -> None:
-    quick, wanted = "--quick" in args, [a for a in args if not a.startswith("--")]
-    if unknown := [a for a in wanted if a not in PARTS]:
-        raise ValueError(f"unknown part {unknown[0]!r}; known: {', '.join(PARTS)}")
-    torch.set_num_threads(1)
-    folder = zoo.cache_dir() / "benchmarks" / f"loprune_speed-{DEVICE.type}{'-quick' if quick else ''}"
-    if "--fresh" in args:
-        for file in folder.glob("*.json"):
-            file.unlink()
-    file = folder / "result.json" if quick else out / "result.json"
-    for number, name in enumerate(wanted or PARTS):
-        console.print(f"[{number + 1}/{len(wanted or PARTS)}] {name}", markup=False)
-        part = PARTS[name](folder, quick)
-        result = json.loads(file.read_text()) if file.exists() else {"parts": {}}
-        result["parts"][name] = part
-        result |= {
-            "command": "serpette bench loprune_speed",
-            "quick": quick,
-            "batch_size": BATCH,
-            "seed": 0,
-            "paper": PAPER,
-            "versions": versions(),
-            "hardware": hardware(DEVICE),
-        }
-        write_json(file, result)
-    console.print(f"written: {file}")
+    facts = {"batch_size": BATCH, "seed": 0, "paper": PAPER, "hardware": hardware(DEVICE)}
+    run_parts("loprune_speed", PARTS, out, args, facts, f"loprune_speed-{DEVICE.type}")
 
 
 if __name__ == "__main__":  # a fresh process of `growth`
