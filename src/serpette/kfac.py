@@ -18,7 +18,9 @@ class Moments:
     def __init__(self, size: int, like: Tensor):
         self.sum = like.new_zeros(size, size)
         self.weight = 0.0
-        self.root: Tensor | None = None  # W with W W' = damped^-1; None while nothing but zeros was seen
+        # L with L L' = damped; W with W W' = its pseudo-inverse if it is singular (damping 0) and then not
+        # `triangular`; None while nothing but zeros was seen
+        self.factor: Tensor | None = None
         self.triangular = True
 
     def add(self, v_tD: Tensor, beta: float | None = None) -> None:
@@ -35,29 +37,23 @@ class Moments:
         self.sum, self.weight = torch.eye(len(self.sum)).to(self.sum), 1.0
 
     def factorise(self, damping: float, relative: bool = True) -> None:
-        """Makes `root`."""
+        """Makes `factor`. Its inverse is not made: solving for the few rows of a batch is as fast."""
         mean = self.sum / max(self.weight, 1e-30)
         average = mean.diagonal().mean()
         if not bool(average > 0):
-            self.root = None
+            self.factor = None
             return
         mean.diagonal().add_(damping * average if relative else damping)
         L, fault = torch.linalg.cholesky_ex(mean)
         self.triangular = not int(fault)
-        if self.triangular:
-            identity = torch.eye(len(L), dtype=L.dtype, device=L.device)
-            self.root = torch.linalg.solve_triangular(L, identity, upper=False).mT.contiguous()
-        else:
-            self.root = pseudo_root(mean)
+        # contiguous, as it comes back from disk: another layout would give other bits
+        self.factor = (L if self.triangular else pseudo_root(mean)).contiguous()
 
     def projected(self, P_rD: Tensor) -> Tensor:
         """P damped P' (r, r)."""
-        assert self.root is not None
-        if self.triangular:  # damped = L L' and root = L'^-1, so that P L = (root^-1 P')'
-            Y_Dr = torch.linalg.solve_triangular(self.root, P_rD.mT, upper=True)
-        else:
-            Y_Dr = torch.linalg.pinv(self.root, hermitian=False) @ P_rD.mT
-        return Y_Dr.mT @ Y_Dr
+        assert self.factor is not None
+        Y_rD = P_rD @ (self.factor if self.triangular else torch.linalg.pinv(self.factor).mT)
+        return Y_rD @ Y_rD.mT
 
 
 def pseudo_root(matrix: Tensor) -> Tensor:
@@ -69,14 +65,11 @@ def pseudo_root(matrix: Tensor) -> Tensor:
 
 
 def squared_lengths(rows_nrD: Tensor, moments: Moments) -> Tensor:
-    """(n,) sum over the r rows of row' damped^-1 row; one pass of matrix products for the whole batch."""
-    rows, root = rows_nrD.flatten(0, 1), moments.root
-    assert root is not None
-    D = len(root)
-    width = -(-D // 4) if moments.triangular and D >= 256 else D  # below the diagonal there are zeros only
-    total = 0.0
-    for start in range(0, D, width):
-        end = min(start + width, D)
-        used = end if moments.triangular else D
-        total = total + (rows[:, :used] @ root[:used, start:end]).square_().sum(1)
-    return torch.as_tensor(total).reshape(len(rows_nrD), -1).sum(1)
+    """(n,) sum over the r rows of row' damped^-1 row; one triangular solve for the whole batch."""
+    rows, factor = rows_nrD.flatten(0, 1), moments.factor
+    assert factor is not None
+    if moments.triangular:
+        whitened = torch.linalg.solve_triangular(factor, rows.mT, upper=False).mT
+    else:
+        whitened = rows @ factor
+    return whitened.square().sum(1).reshape(len(rows_nrD), -1).sum(1)

@@ -190,9 +190,8 @@ class TSAReader:
         self.input_of = list(range(len(layers)))
         self.inputs: dict[int, Moments] = {}
         self.outputs: dict[int, Moments] = {}
-        self._projected: dict[
-            int, tuple[Tensor, Tensor | None]
-        ] = {}  # roots of (A Sx A')^-1 and (B' Sd B)^-1
+        # roots of (A Sx A')^-1 and (B' Sd B)^-1
+        self._projected: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     @property
     def sample(self) -> int | None:
@@ -243,8 +242,8 @@ class TSAReader:
             self._factorise(index)
             for moments in (self.inputs.get(self.input_of[index]), self.outputs.get(index)):
                 if moments is not None:
-                    moments.sum = moments.sum.new_zeros(0)  # the root is enough
-        if all(moments.root is None for moments in self.outputs.values()):
+                    moments.sum = moments.sum.new_zeros(0)  # the factor is enough
+        if all(moments.factor is None for moments in self.outputs.values()):
             raise ValueError(NO_GRADIENT)
         self.stage = "scores"
 
@@ -255,8 +254,8 @@ class TSAReader:
             for index, m in of.items():
                 held[f"{side}.{index}.sum"] = m.sum
                 held[f"{side}.{index}.about"] = torch.tensor([m.weight, float(m.triangular)]).double()
-                if m.root is not None:
-                    held[f"{side}.{index}.root"] = m.root
+                if m.factor is not None:
+                    held[f"{side}.{index}.factor"] = m.factor
         return held
 
     def load(self, held: dict[str, Tensor]) -> None:
@@ -267,7 +266,7 @@ class TSAReader:
             for key in held:
                 if key.startswith(side) and key.endswith(".sum"):
                     m = of[int(key.split(".")[1])] = Moments(0, held[key])
-                    m.sum, m.root = held[key], held.get(key[:-3] + "root")
+                    m.sum, m.factor = held[key], held.get(key[:-3] + "factor")
                     m.weight, m.triangular = (
                         float(held[key[:-3] + "about"][0]),
                         bool(held[key[:-3] + "about"][1]),
@@ -307,12 +306,12 @@ class TSAReader:
     def _factorise(self, index: int) -> None:
         relative = self.reading.statistics != "paper"
         for moments in (self.inputs.get(self.input_of[index]), self.outputs.get(index)):
-            if moments is not None and (self.moving or moments.root is None):
+            if moments is not None and (self.moving or moments.factor is None):
                 moments.factorise(self.reading.damping, relative)
 
     def _score(self, seen: LayerGradients) -> None:
         inputs, outputs = self.inputs.get(self.input_of[seen.index]), self.outputs.get(seen.index)
-        if inputs is None or outputs is None or inputs.root is None or outputs.root is None:
+        if inputs is None or outputs is None or inputs.factor is None or outputs.factor is None:
             return  # no gradient ever reached this layer
         if self.model_moves or seen.index not in self._projected:
             D_root = None if not bool(seen.B_Or.any()) else pseudo_root(outputs.projected(seen.B_Or.mT))
