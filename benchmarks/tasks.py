@@ -10,13 +10,16 @@ Letters: N examples, C classes, D features, P path points.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from fractions import Fraction
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from scipy.optimize import minimize
@@ -265,6 +268,21 @@ def choose_penalty(task: Task, k: int, seed: int) -> float:
                 ((signals.embeddings[val] @ W + b).argmax(1) == signals.labels[val]).sum()
             )
     return max(PENALTIES, key=lambda p: (right[p], p))
+
+
+def in_parallel(job: Callable, arguments: list[tuple], workers: int, what: str) -> None:
+    """Calls `job(*a)` for each a in processes of their own, with a bar."""
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, bar:
+        line = bar.add_task(what, total=len(arguments))
+        for done in as_completed([pool.submit(job, *a) for a in arguments]):
+            done.result()
+            bar.advance(line)
+
+
+def four_digits(text: str) -> float:
+    """For `json.loads(parse_float=...)`: numbers as they are committed."""
+    return float(f"{float(text):.4g}")
 
 
 if __name__ == "__main__":  # python benchmarks/tasks.py [set ...] fills the cache

@@ -10,9 +10,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tasks.py, shared by the benchmarks
@@ -22,7 +19,6 @@ import lora
 import report
 import tasks
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from serpette.cost import hardware, versions
 from serpette.data.store import write_json
@@ -50,7 +46,7 @@ def main(out: Path, args: list[str]) -> None:
         for plan in wanted:
             tasks.features(plan.source, plan.pool, plan.test)
         jobs = [(plan, seed, folder) for plan in wanted for seed in range(seeds)]
-        _in_parallel(cells.run, jobs, chosen.workers, "head-only seeds")
+        tasks.in_parallel(cells.run, jobs, chosen.workers, "head-only seeds")
     table = report.heads(folder, plans, seeds)
     if not table["rows"]:
         console.print("No task has all its seeds yet.")
@@ -59,7 +55,7 @@ def main(out: Path, args: list[str]) -> None:
         arms = lora.choose_arms(table)
         if arms and not chosen.report and "lora".startswith(chosen.only):
             lora.prepare(LORA_SEEDS)
-            _in_parallel(lora.run, lora.jobs(arms, LORA_SEEDS, folder), chosen.workers, "LoRA runs")
+            tasks.in_parallel(lora.run, lora.jobs(arms, LORA_SEEDS, folder), chosen.workers, "LoRA runs")
         table["lora"] = report.lora(folder, LORA_SEEDS)
     report.show(console, table)
     if not chosen.quick:
@@ -70,17 +66,4 @@ def main(out: Path, args: list[str]) -> None:
             "hardware": hardware(),
         }
         report.write_rows(out / "rows.csv", table.pop("rows"))
-        write_json(out / "result.json", json.loads(json.dumps(facts | table), parse_float=_four_digits))
-
-
-def _in_parallel(job: Callable, arguments: list[tuple], workers: int, what: str) -> None:
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, bar:
-        line = bar.add_task(what, total=len(arguments))
-        for done in as_completed([pool.submit(job, *a) for a in arguments]):
-            done.result()
-            bar.advance(line)
-
-
-def _four_digits(text: str) -> float:
-    return float(f"{float(text):.4g}")
+        write_json(out / "result.json", json.loads(json.dumps(facts | table), parse_float=tasks.four_digits))

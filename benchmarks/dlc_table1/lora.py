@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import adapters
 import cells
 import numpy as np
 import tasks
@@ -83,22 +84,12 @@ def prepare(seeds: int) -> None:
         examples = Examples(data, processing_class=processor)
         tensors[part] = torch.cat(
             [
-                _after_layers(model, examples.read(rows.tolist())[1]["pixel_values"])
+                adapters.after_layers(model, examples.read(rows.tolist())[1])
                 for rows in torch.arange(len(data)).split(batch_size)
             ]
         ).half()
     save_file(tensors, file.with_suffix(".part"))
     file.with_suffix(".part").replace(file)
-
-
-def _after_layers(model: nn.Module, pixels: Tensor) -> Tensor:
-    """(n, T, D): what the model's final norm is given."""
-    seen: list[Tensor] = []
-    handle = model.layernorm.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    with torch.inference_mode():
-        model(pixel_values=pixels)
-    handle.remove()
-    return seen[0]
 
 
 def _activations_file(seeds: int) -> Path:
@@ -110,27 +101,12 @@ def _activations(seeds: int) -> dict[str, Tensor]:
     return load_file(_activations_file(seeds))
 
 
-class Upper(nn.Module):
-    """The layers above `LOWER` of the 8-layer ViT, its final norm and its head; hidden states -> logits."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.layers = nn.ModuleList(model.dinov2.encoder.layer[LOWER:])
-        self.norm, self.classifier = model.dinov2.layernorm, model.classifier
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        for layer in self.layers:
-            output = layer(hidden)
-            hidden = output[0] if isinstance(output, tuple) else output  # a tuple before transformers 5
-        hidden = self.norm(hidden)
-        return self.classifier(torch.cat([hidden[:, 0], hidden[:, 1:].mean(1)], 1))
-
-
 def tune(hidden: Tensor, labels: Tensor, seed: int) -> nn.Module:
     """A LoRA and a head, trained on (k, T, D) activations for `epochs`."""
     torch.manual_seed(seed)  # the LoRA's factors; the head's weights are the zoo's
     _, _, _, name, options, _ = tasks.SETS["fashion-vit"]
-    upper = Upper(zoo.load_model(name, seed=seed, **options))
+    whole = zoo.load_model(name, seed=seed, **options)
+    upper = adapters.Upper(whole.dinov2.encoder.layer[LOWER:], whole.dinov2.layernorm, whole.classifier)
     model = trainable(upper, upper.classifier, "lora", rank=SETTINGS["rank"], alpha=SETTINGS["alpha"]).train()
     steps = SETTINGS["epochs"] * -(-len(hidden) // SETTINGS["batch_size"])
     parameters = [p for p in model.parameters() if p.requires_grad]
