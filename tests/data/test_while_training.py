@@ -311,7 +311,7 @@ def test_bad_arguments(options, words):
 
 def test_settings_tell_scorers_apart():
     one = ScoreWhileTraining(TSA(statistics="running"))._settings()
-    other = ScoreWhileTraining(TSA(statistics="running", damping=0.1))._settings()
+    other = ScoreWhileTraining(TSA(statistics="running", damping=0.2))._settings()
     assert one != other and dataclasses.is_dataclass(TSA().reading)
 
 
