@@ -248,6 +248,7 @@ class LoraGradients:
         layer = self.layers[index]
         x, u = self._seen.pop(index)
         raw = self._outputs[index]
+        assert raw is not None, "the gradient of B's output comes first"
         self._outputs[index] = None
         x_nTI, u_nTr = self._tokens(_patches(layer.A, x)), self._tokens(_channels_last(u, layer.A))
         raw_nTO = self._tokens(_channels_last(raw, layer.B))
