@@ -195,9 +195,15 @@ class Scorer(Protocol):
 class Reading(Protocol):
     """What is read off the per-example gradients of the LoRA factors; equal readings are done once.
 
-    Hashable. `reader(layers)` makes the object that reads: it is given each layer's gradients of each
-    batch as the backward pass reaches it (`serpette.lora_gradients`), in the stages that it names.
+    Hashable. `reader(layers)` makes the object that reads: `begin` announces a batch to it, `layer` hands it
+    each layer's gradients as the backward pass reaches it (`serpette.lora_gradients`), `batch` gives
+    (n, ...); `sample` examples are shown to it first for its moments. What trains before the scoring is
+    the reading's: `warmup_steps` (None: by the state of the LoRA), `warmup_learning_rate`, `epochs`.
     """
+
+    warmup_steps: int | None
+    warmup_learning_rate: float
+    epochs: int
 
     def reader(self, layers: Sequence[Any]) -> Any: ...
 
