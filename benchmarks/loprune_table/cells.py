@@ -85,7 +85,7 @@ def jobs(folder: Path) -> list[tuple]:
     """Arguments of `run`, what matters most first."""
     order: list[tuple[tuple[str, ...], float]] = [(CORE, 0.5), (("no_pruning",), 1.0), (OTHERS, 0.5)]
     order += [(CORE, 0.7), (SAME_STEPS, 0.5), (CORE, 0.3), (CORE, 0.9)]
-    order += [(OTHERS, keep) for keep in (0.7, 0.3, 0.9)] + [(LATER, keep) for keep in KEEPS]
+    order += [(OTHERS, keep) for keep in (0.3, 0.7, 0.9)] + [(LATER, 0.5)]
     return [(arms, t, keep, seed, folder) for arms, keep in order for t in TASKS for seed in range(SEEDS)]
 
 
