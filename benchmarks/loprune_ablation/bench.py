@@ -52,3 +52,4 @@ def main(out: Path, args: list[str]) -> None:
         }
         text = json.dumps(facts | table)
         write_json(out / "result.json", json.loads(text, parse_float=tasks.four_digits))
+        summary.write_readme(out / "README.md", table)

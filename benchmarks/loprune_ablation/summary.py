@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import readme
 import variants
 from rich.console import Console
 from rich.table import Table
@@ -152,3 +153,57 @@ def interval(difference: list[float] | None) -> str:
     if difference is None:
         return ""
     return f"{difference[0]:+.1f} \\[{difference[1]:+.1f}, {difference[2]:+.1f}]"
+
+
+MAKE_UPS = ("clean", "wrong_labels")
+
+
+def write_readme(file: Path, table: dict[str, Any]) -> None:
+    """Fills the README's tables."""
+    scores = {(row["task"].split("/")[1], row["variant"]): row for row in table["scores"]}
+    lines, kept = [], []
+    for name in dict.fromkeys(row["variant"] for row in table["scores"]):
+        clean, wrong = (scores.get((made, name), {}) for made in MAKE_UPS)
+        spreads = (
+            (clean, "to_reference"), (wrong, "to_reference"), (clean, "to_loss"), (wrong, "to_loss"),
+            (clean, "to_position"),
+        )  # fmt: skip
+        numbers = (wrong.get("detection_auc"), (clean or wrong).get("reader_seconds"))
+        lines.append(
+            (
+                name,
+                *(
+                    "{:.2f} ({:.2f} to {:.2f})".format(*row[key]) if key in row else ""
+                    for row, key in spreads
+                ),
+                *("" if number is None else f"{number:.2f}" for number in numbers),
+            )
+        )
+        shares = [row.get("kept_of_sample_and_others") for row in (clean, wrong)]
+        if any(shares):
+            kept.append((name, *(f"{s[0]:.0%}, {s[1]:.0%}" if s else "" for s in shares)))
+    head = (
+        "variant", "Spearman to the reference: clean", "wrong labels", "to the loss: clean", "wrong labels",
+        "to the position: clean", "AUC of wrong labels", "CPU s of the reader",
+    )  # fmt: skip
+    parts = []
+    for keep in sorted({row["keep"] for row in table["rows"]}, reverse=True):
+        rows = {(r["task"].split("/")[1], r["arm"]): r for r in table["rows"] if r["keep"] == keep}
+        tuned = []
+        for arm in dict.fromkeys(arm for _, arm in rows):
+            own = [rows.get((made, arm)) for made in MAKE_UPS]
+            cells = (
+                (f"{r['accuracy']:.1f}", *(readme.interval(r.get(k)) for k in ("vs_stratified", "vs_tsa")))
+                if r
+                else ("", "", "")
+                for r in own
+            )
+            tuned.append((arm, *(cell for three in cells for cell in three)))
+        columns = ("arm", "clean", "to stratified", "to tsa", "wrong labels", "to stratified", "to tsa")
+        parts.append(f"Keep {keep:.0%}, top-k over all examples:\n\n{readme.table(columns, tuned)}")
+    readme.fill(
+        file,
+        scores=readme.table(head, lines),
+        kept=readme.table(("variant", "clean: of the sample, of the others", "wrong labels"), kept),
+        tuned="\n\n".join(parts),
+    )

@@ -62,3 +62,4 @@ def main(out: Path, args: list[str]) -> None:
         text = json.dumps(facts | table)
         write_json(out / "result.json", json.loads(text, parse_float=tasks.four_digits))
         report.pictures(out, table)
+        report.write_readme(out / "README.md", table)

@@ -12,6 +12,7 @@ from typing import Any
 
 import cells
 import numpy as np
+import readme
 from rich.console import Console
 from rich.table import Table
 
@@ -214,3 +215,80 @@ def pictures(out: Path, table: dict[str, Any]) -> None:
         figure.tight_layout()
         figure.savefig(out / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)
+
+
+COSTS = (
+    "no_pruning",
+    "random",
+    "tsa+top_hard/global",
+    "loss+top_hard/global",
+    "dlc+flex_rand",
+    "moso+top_hard",
+)
+BESIDE_PAPER = {"random": "random", "MoSo": "moso+top_hard", "LoPrune": "tsa+top_hard/global"}
+DETECTORS = ("tsa", "loss", "unmasked_loss", "dlc", "el2n", "forgetting", "grand", "moso")
+
+
+def write_readme(file: Path, table: dict[str, Any]) -> None:
+    """Fills the README's tables."""
+    row_of = {(row["task"], row["keep"], row["arm"]): row for row in table["rows"]}
+    shares = sorted({row["keep"] for row in table["rows"] if row["keep"] < 1})
+    found = {"accuracy": "\n\n".join(_accuracy_table(row_of, keep) for keep in shares)}
+    found["count"] = _count(table)
+    lines = []
+    for name, arm in BESIDE_PAPER.items():
+        paper = [
+            (held[arm][0] - held["no_pruning"][0], held[arm][1] / held["no_pruning"][1])
+            for held in PAPER.values()
+        ]
+        rows = [row_of.get((task, 0.5, arm)) for task in cells.TASKS[:2]]
+        ours = [(r["vs_no_pruning"][0], r["seconds_of_no_pruning"]) for r in rows if r]
+        lines.append((name, *(f"{points:+.2f}, {share:.0%}" for points, share in paper + ours)))
+    head = ("", "CIFAR-100, paper", "Tiny-ImageNet, paper", "Fashion-MNIST clean, here", "wrong labels, here")
+    found["paper"] = readme.table(head, lines)
+    lines = []
+    for arm in COSTS:
+        rows = [row_of.get((task, 1.0 if arm == "no_pruning" else 0.5, arm)) for task in cells.TASKS]
+        lines.append((arm, *(r and _seconds(r) or "" for r in rows)))
+    found["cost"] = readme.table(("keep 50 %", *cells.TASKS), lines)
+    lines = []
+    for task, held in table["scores"].items():
+        areas = (held["detection_auc"].get(name) for name in DETECTORS)
+        rho = "{:.2f} ({:.2f} to {:.2f})".format(*held["spearman_tsa_loss"])
+        lines.append((task, rho, *("" if area is None else f"{area:.2f}" for area in areas)))
+    found["detection"] = readme.table(("task", "Spearman of TSA and the loss", *DETECTORS), lines)
+    readme.fill(file, **found)
+
+
+def _accuracy_table(row_of: dict[tuple, dict[str, Any]], keep: float) -> str:
+    whole = [row_of.get((task, 1.0, "no_pruning")) for task in cells.TASKS]
+    lines = [("no pruning", *(f"{row['accuracy']:.1f}" if row else "" for row in whole))]
+    for arm in EVERY:
+        rows = [row_of.get((task, keep, arm)) for task in cells.TASKS]
+        if any(rows):
+            against = "vs_random" if arm.endswith("same_steps") else "vs_stratified"
+            shown = (
+                f"{r['accuracy']:.1f} {readme.interval(r.get(against))}".strip() if r else "" for r in rows
+            )
+            lines.append((arm, *shown))
+    return f"Keep {keep:.0%}\n\n{readme.table(('arm', *cells.TASKS), lines)}"
+
+
+def _count(table: dict[str, Any]) -> str:
+    above = [r for r in table["rows"] if "+" in r["arm"] and r.get("vs_stratified", [0, 0])[1] > 0]
+    named = "; ".join(
+        f"{r['arm']}, {r['task']}, keep {r['keep']:.0%}, {readme.interval(r['vs_stratified'])}"
+        + (" (holds after a Bonferroni correction)" if r["sure_after_correction"] else "")
+        for r in above
+    )
+    return (
+        f"{table['comparisons']} comparisons with stratified random, so about {table['expected_by_chance']} "
+        f"intervals above it and as many below by chance alone; found {table['above_stratified']} above and "
+        f"{table['below_stratified']} below. Above: {named or 'none'}. Those not marked do not hold after a "
+        "Bonferroni correction."
+    )
+
+
+def _seconds(row: dict[str, Any]) -> str:
+    share = row["seconds_of_no_pruning"]
+    return f"{row['seconds_scoring']:.1f} + {row['seconds_training']:.1f} ({share:.0%})"
