@@ -25,11 +25,12 @@ PLAN = {
     "importance": GROUND,
     "cost": GROUND,
     "evaluate": GROUND,
-    "tuning": GROUND,
+    "tuning": GROUND | {"rows"},
     "report": GROUND | {"cost", "evaluate"},
     "zoo": GROUND,
     "data": GROUND | {"scorers", "zoo", "cost", "evaluate", "tuning"},
     "rows": GROUND | {"importance", "cost"},
+    "memory": GROUND | {"importance", "rows", "cost", "tuning"},
     "weights": GROUND | {"importance", "cost"},
     "recipe": {"registry", "scorers", "data", "importance"},  # it checks the names of methods
     "scoring": GROUND | {"data", "tuning"},

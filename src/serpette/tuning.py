@@ -2,59 +2,104 @@
 
 from __future__ import annotations
 
+import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from torch import Tensor, nn
+
+Method = Literal["lora", "dora", "shira", "rows", "full", "head"]
 
 
 def trainable(
     model: nn.Module,
     head: nn.Module | None,
-    method: Literal["lora", "full", "head"],
+    method: Method,
     *,
     rank: int = 8,
     alpha: float = 16,
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
+    freeze_attention: bool = False,
+    **rows: Any,
 ) -> nn.Module:
-    """`model` with what `method` trains: LoRA factors and the head, everything, or the head alone.
+    """`model` with what `method` trains: an adapter and the head, everything, or the head alone.
 
     Args:
-        head: the layer that stays whole and trains with the LoRA; None in a causal language model, whose head
-            of the vocabulary (often tied to the embeddings) gets neither LoRA nor training.
+        head: the layer that stays whole and trains with the adapter; None in a causal language model, whose
+            head of the vocabulary (often tied to the embeddings) gets neither an adapter nor training.
+        method: `"dora"` and `"shira"` are peft's; `"rows"` is `serpette.RowConfig`.
+        rank: of LoRA and DoRA; SHiRA trains as many weights as a LoRA of that rank; of `"rows"` the number of
+            rows, unless `rows` has a `fraction`.
+        freeze_attention: no adapter inside attention blocks.
+        **rows: further arguments of `serpette.RowConfig`, for `"rows"`.
 
     Raises:
-        ValueError: `"head"` for a model without one.
+        ValueError: `"head"` for a model without one, or an adapter that finds no layer.
     """
     if method == "full":
         return model.requires_grad_(True)
     model.requires_grad_(False)
-    if method == "lora":
-        from peft import LoraConfig, get_peft_model
+    if method == "head":
+        if head is None:
+            raise ValueError(f"method='head' needs a model with a head; {type(model).__name__} has none")
+        head.requires_grad_(True)
+        return model
+    from peft import get_peft_model
 
-        targets = _targets(model, head) if target_modules == "all-linear" else target_modules
-        if not targets:
-            raise ValueError(
-                f"method='lora' finds no Linear layer in {type(model).__name__} but its head; "
-                "use method='full' or 'head', or name convolutions with target_modules"
-            )
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,  # type: ignore[arg-type] - peft takes a float
-            lora_dropout=dropout,
-            target_modules=targets,  # type: ignore[arg-type] - any sequence of names
-            modules_to_save=[name for name, module in model.named_modules() if module is head] or None,
+    targets = _targets(model, head) if target_modules == "all-linear" else target_modules
+    if not targets:
+        raise ValueError(
+            f"method={method!r} finds no Linear layer in {type(model).__name__} but its head; use 'full' or "
+            "'head', name convolutions with target_modules, or use 'rows' with target_modules='all-layers'"
         )
-        with _quiet():
-            return get_peft_model(model, config)  # type: ignore[arg-type] - any module
-    if head is None:
-        raise ValueError(f"method='head' needs a model with a head; {type(model).__name__} has none")
-    head.requires_grad_(True)
-    return model
+    shared: dict[str, Any] = {
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "modules_to_save": [name for name, module in model.named_modules() if module is head] or None,
+    }
+    if method == "rows":
+        from .rows import RowConfig
+
+        size = {} if rows.get("fraction") else {"r": rank}
+        config: Any = RowConfig(**shared, **size, freeze_attention=freeze_attention, **rows)
+    else:
+        if freeze_attention:
+            shared["exclude_modules"] = _attention(model)
+        config = _peft_config(method, rank, alpha, dropout, shared)
+    with _quiet():
+        return get_peft_model(model, config)  # type: ignore[arg-type] - any module
+
+
+def _peft_config(method: str, rank: int, alpha: float, dropout: float, shared: dict[str, Any]) -> Any:
+    from peft import LoraConfig, ShiraConfig
+
+    if method == "shira":
+        torch.sparse.check_sparse_tensor_invariants.disable()  # as they are; unsaid, peft's SHiRA warns
+        return ShiraConfig(r=rank, **shared)
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type] - peft takes a float
+        lora_dropout=dropout,
+        use_dora=method == "dora",
+        **shared,
+    )
+
+
+def _attention(model: nn.Module) -> str:
+    """The pattern of modules inside attention blocks."""
+    from .rows.config import ATTENTION
+
+    if not any(ATTENTION.fullmatch(name) for name, _ in model.named_modules()):
+        raise ValueError(
+            f"freeze_attention=True, but {type(model).__name__} has no module with attention in its name; "
+            "leave it off, or name what gets the adapter with target_modules"
+        )
+    return ATTENTION.pattern
 
 
 @contextmanager
@@ -73,6 +118,31 @@ def _targets(model: nn.Module, head: nn.Module | None) -> list[str]:
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear) and m is not head and m is not words
     ]
+
+
+def set_seeds(seed: int) -> None:
+    """Every generator that a Trainer or a new weight draws from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rank(
+    model: nn.Module,
+    examples: int,
+    collate: Callable[[list[int]], dict[str, Tensor]],
+    importance: str,
+    scope: Literal["layer", "global"] = "layer",
+    batch_size: int = 16,
+    progress: bool = True,
+) -> None:
+    """`serpette.rank_rows` on examples 0 .. `examples` - 1, which `collate` turns into a batch."""
+    from torch.utils.data import DataLoader
+
+    from .rows.ranking import rank_rows
+
+    loader = DataLoader(list(range(examples)), batch_size, collate_fn=collate)  # type: ignore[arg-type]
+    rank_rows(model, loader, importance, scope=scope, progress=progress)
 
 
 def train(

@@ -224,6 +224,68 @@ class Selector(Protocol):
     ) -> Tensor: ...
 
 
+@dataclass
+class NeuronStats:
+    """What was observed of one layer with n neurons of f inputs each; a field not asked for is None.
+
+    A neuron is an output of a linear layer, a filter, a token of an embedding, a channel of a norm; in
+    `columns`, an input feature or channel.
+
+    Args:
+        weight: gives (n, f) float32 or wider, made only when called: a quantised layer is dequantised there.
+        ids: (n,) strings that stay the same from run to run.
+        contribution: (T, n) float64, signed: w_i . dL/dw_i, mean over the examples of each of T classes, or
+            of all of them (T = 1).
+        counts: (T,) examples of each class; counted tokens where the loss is a mean over tokens.
+        labelled: the T are classes.
+        elementwise: (n,) float64, sum over j of |mean of w_ij dL/dw_ij|.
+        input_norms: float64 L2 norms over all tokens or pixels, (f,), or what broadcasts to (n, f) where
+            neurons read different inputs.
+        columns: the same of the layer's columns, with `weight` transposed; None where not asked for.
+    """
+
+    weight: Callable[[], Tensor]
+    ids: np.ndarray
+    contribution: Tensor | None = None
+    counts: Tensor | None = None
+    labelled: bool = False
+    elementwise: Tensor | None = None
+    input_norms: Tensor | None = None
+    columns: NeuronStats | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def require(self, name: str, importance: str) -> Tensor:
+        """The field `name`, or a ValueError that says who misses it; `"labels"`: the counts of classes."""
+        if name == "labels":
+            name, value = "counts", self.counts if self.labelled else None
+            missing = (
+                "class labels, and the data has none; give whole numbers of shape (B,) as batch['labels'] or "
+                "as the second of (inputs, labels), or use importance 'taylor'"
+            )
+        else:
+            value = getattr(self, name)
+            missing = f"{name!r}, which was not observed; rank_rows(model, loader, {importance!r}) does it"
+        if value is None:
+            raise ValueError(f"importance {importance!r} needs {missing}")
+        return value
+
+
+@runtime_checkable
+class Importance(Protocol):
+    """Importance of each neuron of a layer. Higher = more important.
+
+    `needs` names what must be observed, of `"contribution"`, `"labels"`, `"elementwise"` and `"input_norms"`;
+    empty = no data. It never depends on the order of the examples.
+    """
+
+    name: str
+    needs: frozenset[str]
+
+    def __call__(self, stats: NeuronStats) -> Tensor: ...
+
+
 def uniform_of(ids: np.ndarray, seed: int) -> Tensor:
     """(N,) float64 in [0, 1), a fixed pseudo-random number for each id and seed, whatever the order."""
     from hashlib import blake2b
