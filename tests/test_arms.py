@@ -53,6 +53,41 @@ def test_controls_have_the_same_share():
     assert names(loss) == ["full", "b"] and names(balanced) == ["full", "a"] and names(small) == ["full"]
 
 
+def test_controls_of_arms_that_are_tuned_otherwise():
+    rows = {"method": "rows", "fraction": 0.05}
+    lora = arm("lora", select=None, keep=1.0, method="lora", tune={})
+    full = arm("full", select=None, keep=1.0, method="full", tune={"method": "full"})
+    whole_rows = arm("rows", select=None, keep=1.0, method="rows", tune=rows)
+    more_rows = arm("more rows", select=None, keep=1.0, method="rows", tune=rows | {"fraction": 0.1})
+    chance = arm("random", select="random", method="lora", tune={})
+    rows_chance = arm("random rows", select="random", method="rows", tune=rows)
+    dlc = arm("dlc", "dlc", method="lora", tune={})
+    rows_dlc = arm("dlc rows", "dlc", method="rows", tune=rows)
+    head_dlc = arm("dlc head", "dlc", method="head", tune={"method": "head"})
+    arms = [lora, full, whole_rows, more_rows, chance, rows_chance, dlc, rows_dlc, head_dlc]
+
+    def names(which, among=arms):
+        return [a["name"] for a in controls(which, among)]
+
+    assert names(full) == [] and names(lora) == ["full"]
+    assert names(whole_rows) == names(more_rows) == ["full", "lora"]
+    assert names(dlc) == ["lora", "random"] and names(rows_dlc) == ["rows", "random rows"]
+    assert names(head_dlc) == ["full"], "no head keeps all: the recipe's own control"
+    assert names(lora, [lora, whole_rows]) == [] and names(whole_rows, [lora, whole_rows]) == ["lora"]
+
+
+def test_seeds_of_arms_that_are_tuned_otherwise():
+    parts = [part(s, 0.8, 0.7) for s in range(3)]
+    for seed, one in enumerate(parts):
+        one["arms"][1] |= {"select": None, "keep": 1.0, "method": "rows", "tune": {"method": "rows"}}
+        one["arms"][1] |= {"trainable_parameters": 10 + seed}
+        one["arms"][0] |= {"method": "full", "tune": {}}
+    del parts[2]["arms"][1]["trainable_parameters"]  # of a run that an older version began
+    got = mean_of_seeds(parts)
+    assert got["arms"][1]["tune"] == {"method": "rows"} and got["arms"][1]["trainable_parameters"] == 10.5
+    assert [(c["arm"], c["to"]) for c in got["comparisons"]] == [("x", "full")]
+
+
 def test_one_seed_is_paired_over_examples():
     arms = [arm("full", select=None, each=[0.5, 1.0, 2.0, 1.0]), arm("x", "dlc", each=[0.4, 0.9, 1.7, 1.1])]
     (got,) = comparisons(arms, "causal-lm")

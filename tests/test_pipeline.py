@@ -13,13 +13,14 @@ import datasets
 import numpy as np
 import pytest
 import tokenizers
+import torch
 from language import character_tokenizer
 from PIL import Image
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from serpette import run
 from serpette.evaluate import paired_over_seeds
-from serpette.recipe import DataSpec, ModelSpec, load
+from serpette.recipe import ArmSpec, DataSpec, ModelSpec, load
 from serpette.zoo import tiny
 
 SRC = Path(__file__).parent.parent / "src"
@@ -380,3 +381,77 @@ def test_test_examples_without_responses_are_refused_in_time(small_instruct, tmp
     data = dataclasses.replace(small_instruct.data, test=str(tmp_path / "test.jsonl"))
     with pytest.raises(ValueError, match="no instructions found in a row with columns"):
         run(dataclasses.replace(small_instruct, data=data, out=str(tmp_path / "out")), progress=False)
+
+
+@pytest.fixture(scope="module")
+def small_rows(places, tmp_path_factory):
+    """recipes/vit_rows.yaml with a tiny model, two seeds and a pruned arm beside the others."""
+    recipe = load(RECIPES / "vit_rows.yaml")
+    names = {"full", "lora", "shira", "rows", "rows taylor", "rows fa"}
+    quantiles = ArmSpec("qm_taylor", tune={"method": "rows", "rank": 2, "importance": "qm_taylor"})
+    pruned = ArmSpec("pruned rows", None, "random", 0.5, tune={"method": "rows", "fraction": 0.05})
+    return dataclasses.replace(
+        recipe,
+        seeds=2,
+        out=str(tmp_path_factory.mktemp("runs") / "rows"),
+        model=ModelSpec(str(places / "model")),
+        data=DataSpec(str(places / "images"), train_limit=24, test_limit=20),
+        tune=dataclasses.replace(recipe.tune, epochs=1, rank=2, importance_examples=256),
+        arms=(*(arm for arm in recipe.arms if arm.name in names), quantiles, pruned),
+    )
+
+
+def test_arms_that_differ_in_what_trains(small_rows, monkeypatch):
+    from serpette import pipeline
+
+    ranked, rank = [], pipeline.rank
+    monkeypatch.setattr(pipeline, "rank", lambda *a: ranked.append((a[1], a[3])) or rank(*a))
+    run(small_rows, progress=False)
+    got = result(small_rows.folder)
+    arms = {arm["name"]: arm for arm in got["arms"]}
+    assert ranked == 2 * [(24, "taylor"), (24, "qm_taylor")], "never more examples than an arm keeps"
+    for name, arm in arms.items():
+        assert (arm["seconds"]["ranking"] > 0) == ("taylor" in name) == (arm["flops"]["ranking"] > 0)
+        assert arm["trainable_parameters"] > 0 and arm["peak_bytes"] > 0
+    assert arms["full"]["tune"] == {"method": "full", "learning_rate": 5e-5} and arms["lora"]["tune"] == {}
+    assert arms["full"]["trainable_parameters"] == got["model"]["parameters"]
+    assert arms["rows fa"]["trainable_parameters"] < arms["rows"]["trainable_parameters"]
+    assert arms["rows"]["accuracy_by_class"] and arms["pruned rows"]["examples"] == 12
+    pairs = {(c["arm"], c["to"]) for c in got["comparisons"]}
+    assert {("rows", "full"), ("rows", "lora"), ("lora", "full"), ("pruned rows", "rows")} <= pairs
+    assert ("pruned rows", "full") not in pairs and not {p for p in pairs if p[0] == "full"}
+    page = (small_rows.folder / "report.html").read_text()
+    assert "Accuracy against what trains" in page and "rows, fraction 0.05, importance taylor" in page
+
+
+def test_a_killed_run_of_rows_goes_on(small_rows, monkeypatch):
+    from serpette import pipeline
+
+    out, trained, train = small_rows.folder, [], pipeline.train
+    before = result(out)
+    (out / "result.json").unlink()
+    (out / "seeds" / "1" / "result.json").unlink()
+    gone = next((out / "seeds" / "1" / "arms").glob("*-rows_taylor.json"))
+    gone.unlink()
+    monkeypatch.setattr(pipeline, "train", lambda *a, **k: trained.append(a) or train(*a, **k))
+    run(small_rows, progress=False)
+    assert len(trained) == 1 and gone.exists()
+    after = result(out)
+    assert before["comparisons"] == after["comparisons"]
+    for old, new in zip(before["arms"], after["arms"], strict=True):
+        assert stable(old["by_seed"]) == stable(new["by_seed"])
+
+
+def test_rows_are_ranked_on_examples_of_each_class(small_rows):
+    from serpette.pipeline import Job, _Sayer
+
+    one = dataclasses.replace(small_rows, seeds=1)
+    job = Job(one, _Sayer(False), small_rows.folder / "seeds" / "0", one.seed)
+    positions = torch.arange(2, 20)
+    labels = job.scores.signals.labels
+    for count in (3, 7, 50):
+        tune = dataclasses.replace(one.tune, importance_examples=count)
+        seen = job._seen(tune, positions)
+        assert len(seen) == len(set(seen.tolist())) == min(count, 18)
+        assert set(seen.tolist()) <= set(positions.tolist()) and len(labels[seen].unique()) == 3
+        assert job._seen(tune, positions).tolist() == seen.tolist()

@@ -131,6 +131,12 @@ def test_every_recipe_of_the_folder(path):
     recipe = load(path)
     assert recipe.name == path.stem and path.read_text().startswith("# ")
     check_task(recipe, TASKS.get(path.stem, "classification"))
+    if path.stem.endswith("_rows"):  # arms differ in what trains, not in the data
+        methods = [recipe.tune_of(arm).method for arm in recipe.arms]
+        assert recipe.arms[0].name == "full" and all(arm.select is None for arm in recipe.arms)
+        assert set(methods) == {"full", "head", "lora", "dora", "shira", "rows"} and recipe.seeds >= 5
+        assert {recipe.tune_of(arm).dropout for arm in recipe.arms} == {0, 0.1}
+        return
     assert recipe.arms[0] == ArmSpec("full")
     for arm in recipe.arms[1:]:  # each has its control: a random choice of the same share
         assert any(a.scorer is None and a.select == "random" and a.keep == arm.keep for a in recipe.arms)
@@ -162,7 +168,11 @@ def test_every_recipe_of_the_folder(path):
             "scorer: less, scorer_options: {target: digits}",
             ["target='digits'", "are the test examples", "target_split: train"],
         ),
-        ("name: tiny", "name: tiny\ntask: causal-lm\nHEAD", ["tune.method='head'", "'lora' or 'full'"]),
+        (
+            "name: tiny",
+            "name: tiny\ntask: causal-lm\nHEAD",
+            ["tune.method='head'", "'lora', 'rows' or 'full'"],
+        ),
         ("name: tiny", "name: tiny\ntask: regression\nENTROPY", ["'entropy' has no meaning", "el2n"]),
         ("name: tiny", "name: tiny\ntask: classification\nIFD", ["'ifd' has no meaning", "dlc"]),
         ("name: tiny", "name: tiny\ntask: causal-lm\nCLASSES", ["per_class=True", "this is a causal-lm"]),
@@ -184,3 +194,94 @@ def test_arms_without_a_meaning_are_refused(file, old, new, said):
         load(file(text))
     for words in ["tiny.yaml", *said]:
         assert words in str(error.value)
+
+
+ROWS = "tune: {method: rows, fraction: 0.05, importance: taylor, modes: {fc1: columns}, kernel: live}"
+
+
+def test_an_arm_changes_the_tuning(file):
+    text = TINY + "tune: {rank: 4, dropout: 0.1, epochs: 2}\n"
+    text = text.replace("{name: full}", "{name: full, tune: {method: full, learning_rate: 1}}")
+    recipe = load(file(text.replace("keep: 0.3}", "keep: 0.3, tune: {method: rows, fraction: 0.05}}")))
+    first, second = (recipe.tune_of(arm) for arm in recipe.arms)
+    assert (first.method, first.learning_rate, first.epochs) == ("full", 1.0, 2)
+    assert type(first.learning_rate) is float
+    assert (second.method, second.fraction, second.epochs, second.rank) == ("rows", 0.05, 2, 4)
+    assert first.differing(recipe.tune) == {"method": "full", "learning_rate": 1.0}
+    assert second.differing(recipe.tune) == {"method": "rows", "fraction": 0.05}
+    assert recipe.tune.differing(recipe.tune) == {}
+    assert load(file(dump(recipe))) == recipe
+
+
+def test_settings_of_another_method_are_no_difference(file):
+    text = TINY + ROWS
+    recipe = load(
+        file(text.replace("keep: 0.3}", "keep: 0.3, tune: {method: lora, rank: 3, target_modules: [fc1]}}"))
+    )
+    assert recipe.tune.modes == {"fc1": "columns"} and recipe.tune.kernel == "live"
+    lora = recipe.tune_of(recipe.arms[1])
+    assert lora.differing(recipe.tune) == {"method": "lora", "rank": 3, "target_modules": ["fc1"]}
+    assert set(lora.adapter(0)) == {
+        "method",
+        "rank",
+        "alpha",
+        "dropout",
+        "target_modules",
+        "freeze_attention",
+    }
+    rows = recipe.tune.adapter(7)
+    assert rows["seed"] == 7 and rows["fraction"] == 0.05 and "importance_examples" not in rows
+    assert rows["importance"] == "magnitude", "taylor ranks afterwards"
+    assert recipe.tune.needs and not lora.needs
+
+
+def test_a_rank_of_an_arm_takes_the_place_of_a_fraction(file):
+    recipe = load(file((TINY + ROWS).replace("keep: 0.3}", "keep: 0.3, tune: {rank: 3}}")))
+    tune = recipe.tune_of(recipe.arms[1])
+    assert (tune.rank, tune.fraction) == (3, None)
+
+
+@pytest.mark.parametrize(
+    "whole, arm, said",
+    [
+        ("fraction: 0.05", "", ["tune.fraction=0.05 means nothing to method='lora'", "of 'rows'"]),
+        ("method: shira, dropout: 0.1", "", ["tune.dropout=0.1", "'lora' or 'dora'"]),
+        ("method: full, freeze_attention: true", "", ["tune.freeze_attention=True", "method='full'"]),
+        ("method: rows, fraction: 5", "", ["tune.fraction=5.0 must be", "(0, 1]", "did you mean 0.05"]),
+        ("method: rows, importance: tailor", "", ["tune.importance='tailor'", "'taylor'"]),
+        ("method: rows, importance_examples: 0", "", ["tune.importance_examples=0", "at least 1"]),
+        ("method: rows, kernel: fast", "", ["tune.kernel='fast'", "'additive' or 'live'"]),
+        (
+            "method: rows, scope: global, dependencies: true",
+            "",
+            ["tune.scope='global' must be 'layer' if dependencies"],
+        ),
+        ("method: rows, scope: all", "", ["tune.scope='all'", "'layer' or 'global'"]),
+        ("method: rows, modes: cols", "", ["tune.modes='cols'", "'columns'", "a mapping"]),
+        ("method: rows, modes: {fc1: col}", "", ["tune.modes['fc1']='col'", "'columns'"]),
+        ("method: row", "", ["tune.method='row'", "'rows'"]),
+        ("rank: 4", "metod: rows", ["unknown key arms.1.tune.metod", "'method'"]),
+        ("rank: 4", "epochs: 0", ["arms.1.tune.epochs=0", "at least 1"]),
+        ("rank: 4", "epochs: many", ["arms.1.tune.epochs='many'", "a whole number"]),
+        ("rank: 4", "kernel: additive", ["arms.1.tune.kernel='additive' means nothing to method='lora'"]),
+        ("rank: 4", "{method: head, rank: 2}", ["arms.1.tune.rank=2 means nothing to method='head'"]),
+        ("rank: 4", "method: rows, rank: 2, fraction: 0.1", ["arms.1.tune has both rank and fraction"]),
+        ("rank: 4", "[1]", ["arms.1.tune=[1]", "a mapping"]),
+    ],
+)
+def test_bad_settings_of_the_tuning(file, whole, arm, said):
+    arm = arm if arm.startswith(("{", "[")) else f"{{{arm}}}"
+    text = TINY.replace("keep: 0.3}", f"keep: 0.3, tune: {arm}}}") + f"tune: {{{whole}}}"
+    with pytest.raises(ValueError) as error:
+        load(file(text))
+    for words in ["tiny.yaml", *said]:
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize("task", ["regression", "causal-lm"])
+def test_an_importance_of_classes_needs_classes(file, task):
+    text = TINY.replace("{name: full}", "{name: full, tune: {method: rows, importance: qm_taylor}}")
+    recipe = load(file(text.replace("select: flex_rand", "select: top_hard")))
+    with pytest.raises(ValueError, match=f"arms.0.tune.importance='qm_taylor' needs classes.* {task}"):
+        check_task(dataclasses.replace(recipe, arms=recipe.arms[:1]), task)
+    check_task(recipe, "classification")

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .data.while_training import ScoreWhileTraining
     from .pipeline import run
     from .recipe import Recipe
+    from .rows import RowConfig, rank_rows, to_lora
     from .types import Scorer, Selector, Signals
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "FineTune": ".data.proxy",
     "Probe": ".data.proxy",
     "Recipe": ".recipe",
+    "RowConfig": ".rows",
     "ScoreWhileTraining": ".data.while_training",
     "Scorer": ".types",
     "Scores": ".data.scores",
@@ -33,11 +35,13 @@ _HOMES = {
     "Selector": ".types",
     "Signals": ".types",
     "observe": ".data.observe",
+    "rank_rows": ".rows",
     "run": ".pipeline",
     "score": ".data.pruner",
     "scorers": ".scorers",
     "select": ".data.pruner",
     "selectors": ".data.selectors",
+    "to_lora": ".rows",
     "zoo": ".zoo",
 }
 __all__ = [*_HOMES, "__version__"]

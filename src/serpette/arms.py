@@ -27,6 +27,9 @@ METRICS = {"classification": "accuracy", "regression": "r2", "causal-lm": "perpl
 # what an arm's differences to another are made of, by task; of a perplexity the loss, which has a mean
 COMPARED = {"classification": "accuracy", "regression": "accuracy", "causal-lm": "loss"}
 
+# of an arm, the same for all seeds
+SETTINGS = ("name", "scorer", "select", "keep", "per_class", "epochs", "method", "tune")
+
 
 def predict(
     model: nn.Module, examples: Examples, batch_size: int
@@ -86,11 +89,13 @@ def quality(
 
 
 def comparisons(arms: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
-    """Each pruned arm against its controls, on the same test examples or seed by seed.
+    """Each arm against its controls, on the same test examples or seed by seed.
 
-    The controls are the arm that keeps all, a random choice of the same share (one balanced over the classes
-    first), and for a score the ranking by the loss at the same share. Differences are of the metric; in a
-    causal language model of the mean loss of an example's response, in nats, where less is better.
+    The controls are, of the arms tuned alike, the one that keeps all, a random choice of the same share (one
+    balanced over the classes first), and for a score the ranking by the loss at the same share. An arm that
+    keeps all, but is tuned otherwise, has full fine-tuning as its control, or the first arm that keeps all;
+    rows have LoRA, too. Differences are of the metric; in a causal language model of the mean loss of an
+    example's response, in nats, where less is better.
 
     Args:
         arms: with `each`, or `by_seed` as `mean_of_seeds` makes them.
@@ -118,10 +123,15 @@ def comparisons(arms: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
 
 def controls(arm: dict[str, Any], arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What `arm` is compared with, out of `arms`."""
-    full = next((a for a in arms if a["select"] is None), None)
-    if arm is full:
-        return []
-    alike = [a for a in arms if a is not arm and a["select"] is not None and a["keep"] == arm["keep"]]
+    whole = [a for a in arms if a["select"] is None]
+    first = next((a for a in whole if a.get("method") == "full"), whole[0] if whole else None)
+    if arm["select"] is None:
+        lora = [a for a in whole if a.get("method") == "lora" and a is not first]
+        found = [] if arm is first else [first, *(lora[:1] if arm.get("method") == "rows" else [])]
+        return [c for c in found if c is not None]
+    tuned_alike = [a for a in arms if (a.get("tune") or {}) == (arm.get("tune") or {}) and a is not arm]
+    full = next((a for a in tuned_alike if a["select"] is None), first)
+    alike = [a for a in tuned_alike if a["select"] is not None and a["keep"] == arm["keep"]]
     chance = [a for a in alike if a["scorer"] in (None, "random") or a["select"] == "random"]
     chance.sort(key=lambda a: not a["per_class"])  # stable: the balanced ones first
     losses = [a for a in alike if a["scorer"] == "loss"]
@@ -142,12 +152,12 @@ def mean_of_seeds(parts: list[dict[str, Any]]) -> dict[str, Any]:
     arms = []
     for number, arm in enumerate(first["arms"]):
         each = [part["arms"][number] for part in parts]
-        same = {key: arm[key] for key in ("name", "scorer", "select", "keep", "per_class", "epochs")}
+        same = {key: arm[key] for key in SETTINGS if key in arm}
         by_seed = [
             {"seed": part["seed"], **{k: v for k, v in one.items() if k not in same}}
             for part, one in zip(parts, each, strict=True)
         ]
-        means = {key: _mean([one[key] for one in each]) for key in arm if key not in same}
+        means = {key: _mean([one.get(key) for one in each]) for key in arm if key not in same}
         _, low, high = seeds_interval([one[metric] for one in each])
         arms.append(same | means | {"interval": [low, high], "by_seed": by_seed})
     set_aside = {s["id"]: s for part in parts for s in part["data"]["set_aside"]}

@@ -10,13 +10,13 @@ import base64
 import copy
 import io
 import json
-import random
 import re
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from . import __version__, scoring
 from .arms import METRICS, comparisons, mean_of_seeds, predict, quality
 from .cost import forward_flops, hardware, measure, train_flops, versions
 from .data import pruner
+from .data.budget import split
 from .data.examples import Examples, check_labels, decode_image, is_image
 from .data.features import accepted_names
 from .data.gradient_pass import WARMUP_BATCH, WARMUP_STEPS
@@ -33,14 +34,15 @@ from .data.search import describe
 from .data.selectors import registry as selectors
 from .data.sources import device_of, encode_labels, open_dataset, open_model
 from .data.store import write_atomic, write_json
-from .recipe import ArmSpec, Recipe, check, check_task, dump, load, to_dict
+from .recipe import ArmSpec, Recipe, TuneSpec, check, check_task, dump, load, to_dict
 from .scorers import registry as scorers
-from .tuning import train, trainable
+from .tuning import rank, set_seeds, train, trainable
 from .types import Task, uniform_of
 
 GALLERY = 6  # pictures of each class, easiest and hardest
 THUMBNAIL = 64  # px
 MMD_EXAMPLES = 5000  # the distance costs N^2
+TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "warmup")
 
 
 def run(recipe: Recipe, *, progress: bool = True) -> Path:
@@ -232,7 +234,7 @@ class Job:
             self.say(f"{arm.name}: done before")
             return json.loads(path.read_text())
         positions, selector, seconds = self.select(arm)
-        tune, seed = self.recipe.tune, self.recipe.seed
+        tune, seed = self.recipe.tune_of(arm), self.recipe.seed
         labels = self.scores.signals.labels
         kept_labels = None if labels is None else labels[positions]
         steps = tune.epochs * -(-len(positions) // tune.batch_size)
@@ -240,31 +242,18 @@ class Job:
             f"{arm.name}: tuning on {len(positions):,} of {self.scores.total:,} examples, {steps:,} steps"
         )
         set_seeds(seed)
-        rows = self.scores.rows[positions]
         device = next(self.model.parameters()).device
         with measure(device) as cost:
             model = copy.deepcopy(self.model)
-            model = trainable(
-                model,
-                scoring.tuned_head(model),
-                tune.method,
-                rank=tune.rank,
-                alpha=tune.alpha,
-                dropout=tune.dropout,
-                target_modules=tune.target_modules,
-            )
+            model = trainable(model, scoring.tuned_head(model), **tune.adapter(seed))
+            ranking = self._rank(model, tune, positions)
             train(
                 model,
-                len(rows),
-                lambda picks: self.batch(rows[picks], None if kept_labels is None else kept_labels[picks]),
-                epochs=tune.epochs,
-                batch_size=tune.batch_size,
-                learning_rate=tune.learning_rate,
+                len(positions),
+                self.reader(positions),
                 seed=seed,
-                weight_decay=tune.weight_decay,
-                schedule=tune.schedule,
-                warmup=tune.warmup,
                 on_step=self.say.step,
+                **{name: getattr(tune, name) for name in TRAINING},
             )
         with measure(device) as evaluation:
             outputs, kept, bad = predict(model, self.test_examples, self.recipe.batch_size)
@@ -274,7 +263,7 @@ class Job:
                 f"test example {name!r}: {reason}; mend it, or go on without it: on_bad: set_aside"
             )
         truth = None if self.test_labels is None else self.test_labels[kept]
-        seconds |= {"tuning": cost.seconds, "evaluation": evaluation.seconds}
+        seconds |= {"ranking": ranking, "tuning": cost.seconds - ranking, "evaluation": evaluation.seconds}
         entry = {
             "name": arm.name,
             "scorer": arm.scorer,
@@ -282,28 +271,58 @@ class Job:
             "selector": selector,
             "keep": arm.keep,
             "per_class": arm.per_class,
+            "method": tune.method,
+            "tune": tune.differing(self.recipe.tune),
             "gamma": _gamma(selector),
             "examples": len(positions),
             "epochs": tune.epochs,
             "steps": steps,
             "seconds": seconds,
-            "flops": self._flops(arm, model, rows, kept_labels),
+            "flops": self._flops(arm, tune, model, positions),
             "peak_bytes": cost.peak_bytes,
             "mmd": self._mmd(positions),
-            "model": {
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            },
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
             "test_set_aside": bad,
             "ids": self.scores.signals.ids[positions.numpy()].tolist(),
         } | quality(self.task, outputs, truth, kept_labels, len(self.classes))
         write_json(path, entry)
         return entry
 
-    def batch(self, rows: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-        """What the Trainer's collator returns for `rows` of the training examples."""
-        _, inputs, _, _ = self.train_examples.read(rows.tolist())
-        return inputs if labels is None else {**inputs, "labels": labels}
+    def reader(self, positions: Tensor) -> Callable[[list[int]], dict[str, Tensor]]:
+        """The collator of a loader over the scored examples at `positions`."""
+        rows, labels = self.scores.rows[positions], self.scores.signals.labels
+        kept_labels = None if labels is None else labels[positions]
+
+        def collate(picks: list[int]) -> dict[str, Tensor]:
+            _, inputs, _, _ = self.train_examples.read(rows[picks].tolist())
+            return inputs if kept_labels is None else {**inputs, "labels": kept_labels[picks]}
+
+        return collate
+
+    def _rank(self, model: nn.Module, tune: TuneSpec, positions: Tensor) -> float:
+        """Seconds in which the rows were chosen; 0 where a layer's own weights have told them already."""
+        if tune.method != "rows" or not (tune.needs or tune.dependencies or tune.scope == "global"):
+            return 0.0
+        start, seen = time.perf_counter(), self._seen(tune, positions)
+        rank(
+            model, len(seen), self.reader(seen), tune.importance, tune.scope, tune.batch_size, self.say.shown
+        )
+        return time.perf_counter() - start
+
+    def _seen(self, tune: TuneSpec, positions: Tensor) -> Tensor:
+        """The examples that an importance looks at, drawn by the seed; of each class its share."""
+        signals = self.scores.signals
+
+        def shuffled(places: Tensor) -> Tensor:
+            return places[uniform_of(signals.ids[places.numpy()], self.recipe.seed).argsort()]
+
+        order, count = shuffled(positions), min(tune.importance_examples, len(positions))
+        if self.task != "classification":
+            return order[:count]
+        assert signals.labels is not None
+        labels = signals.labels[order]
+        shares = split(labels, count)
+        return shuffled(torch.cat([order[labels == c][:share] for c, share in shares.items()]))
 
     def _mmd(self, positions: Tensor) -> float:
         """To the full set; of that, and of the subset, at most 5,000 examples are looked at."""
@@ -315,28 +334,29 @@ class Job:
         chosen[positions] = True
         return mmd(embeddings[order[:MMD_EXAMPLES]], embeddings[order[chosen[order]][:MMD_EXAMPLES]])
 
-    def _flops(self, arm: ArmSpec, model: nn.Module, rows: Tensor, labels: Tensor | None) -> dict[str, float]:
+    def _flops(self, arm: ArmSpec, tune: TuneSpec, model: nn.Module, positions: Tensor) -> dict[str, float]:
         """Counted on one batch and multiplied; the scoring of an arm without a scorer is free."""
-        batch = rows[: self.recipe.tune.batch_size]
+        size = min(tune.batch_size, len(positions))
         device = next(model.parameters()).device
-        inputs = self.batch(batch, None if labels is None else labels[: len(batch)])
-        inputs = {k: v.to(device) for k, v in inputs.items()}
-        a_row = train_flops(model, inputs) / len(batch)
+        inputs = {k: v.to(device) for k, v in self.reader(positions)(list(range(size))).items()}
+        trained, forward = train_flops(model, inputs) / size, forward_flops(self.model, inputs) / size
         spent = 0.0
         if arm.scorer is not None:
             method, total = self.methods[self.scorer_of[arm.name]], self.scores.total
-            if hasattr(
-                method, "reading"
-            ):  # forward and backward: of all, of those for moments, of the warm-up
+            if hasattr(method, "reading"):
+                # forward and backward: of all, of those for moments, of the warm-up
                 reading = method.reading
                 sample = getattr(reading, "sample", getattr(reading, "target_limit", 0))
                 steps = WARMUP_STEPS if reading.warmup_steps is None else reading.warmup_steps
                 seen = total * reading.epochs + min(sample or total, total) + steps * WARMUP_BATCH
-                spent = a_row * seen
+                spent = trained * seen
             else:
                 passes = len(self.scores.signals.paths[method.path].points) if hasattr(method, "path") else 1
-                spent = forward_flops(self.model, inputs) / len(batch) * passes * total
-        return {"scoring": spent, "tuning": a_row * len(rows) * self.recipe.tune.epochs}
+                spent = forward * passes * total
+        # forward, backward to the activations, backward to the weights
+        passes = bool(tune.needs) + bool(tune.needs - {"input_norms"}) + ("elementwise" in tune.needs)
+        ranking = forward * passes * min(tune.importance_examples, len(positions))
+        return {"scoring": spent, "ranking": ranking, "tuning": trained * len(positions) * tune.epochs}
 
     def result(self, arms: list[dict[str, Any]]) -> dict[str, Any]:
         """`result.json`: everything the report shows."""
@@ -376,12 +396,15 @@ class Job:
                     for i, why in (self.scores.set_aside | arms[0]["test_set_aside"]).items()
                 ],
             },
-            "model": {"name": recipe.model.name} | arms[0]["model"],
+            "model": {
+                "name": recipe.model.name,
+                "parameters": sum(p.numel() for p in self.model.parameters()),
+                "trainable_parameters": arms[0]["trainable_parameters"],
+            },
             "observing": spent | {"peak_bytes": self.scores.cost["peak_bytes"]},
             "scorers": methods,
             "arms": [
-                {k: v for k, v in arm.items() if k not in ("each", "ids", "model", "test_set_aside")}
-                for arm in arms
+                {k: v for k, v in arm.items() if k not in ("each", "ids", "test_set_aside")} for arm in arms
             ],
             "comparisons": comparisons(arms, self.task),
         }
@@ -418,13 +441,6 @@ class Job:
                 return {"png": base64.b64encode(buffer.getvalue()).decode()}
         text = item.get("text") if isinstance(item, dict) else None
         return {"text": text[:300]} if text else {}
-
-
-def set_seeds(seed: int) -> None:
-    """Every generator that a Trainer or a new weight draws from."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def _gamma(selector: str | None) -> float | None:

@@ -55,22 +55,40 @@ class DataSpec:
 class TuneSpec:
     """How each arm is fine-tuned, with the stock Trainer and AdamW."""
 
-    method: Literal["lora", "full", "head"] = "lora"
-    """What trains: LoRA factors and the head, every weight, or the head alone."""
+    method: Literal["lora", "dora", "shira", "rows", "full", "head"] = "lora"
+    """What trains: an adapter (of rows: `serpette.RowConfig`) and the head, every weight, or the head."""
     epochs: int = 3
     """Passes over what an arm keeps: the same for every arm, so a smaller arm takes fewer steps."""
     learning_rate: float = 1e-3
-    """Peak learning rate; 1e-3 suits LoRA and a head, full tuning wants about 1e-5."""
+    """Peak learning rate; 1e-3 suits adapters and a head, full tuning wants about 1e-5."""
     batch_size: int = 16
     """Examples a step."""
     rank: int = 8
-    """LoRA rank."""
+    """Rank of LoRA and DoRA; SHiRA trains as many weights; of rows the number a layer, without `fraction`."""
     alpha: float = 16
     """LoRA scale is alpha / rank."""
     dropout: float = 0.0
     """LoRA dropout, a share in [0, 1)."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Modules that get LoRA, as peft names them."""
+    """Modules that get the adapter, as peft names them; rows know "all-layers", too."""
+    freeze_attention: bool = False
+    """No adapter inside attention blocks."""
+    fraction: float | None = None
+    """Of rows: the share of each layer's that trains, in (0, 1]; None: `rank` of them."""
+    modes: Literal["rows", "columns", "both"] | dict[str, str] = "rows"
+    """Of rows: what trains, also by layer as {pattern: mode}; columns hold less for the backward pass."""
+    importance: str = "magnitude"
+    """Of rows: by what they are chosen, a method of `serpette.importance`."""
+    importance_examples: int = 256
+    """Of rows: so many kept training examples an importance looks at that needs data."""
+    scope: Literal["layer", "global"] = "layer"
+    """Of rows: the same number or share in each layer, or the best of all layers."""
+    dependencies: bool = False
+    """Of rows: those of a layer and the columns of the next that read them are chosen together."""
+    kernel: Literal["additive", "live"] = "additive"
+    """Of rows: added to the layer's output, or written into its weight, which is faster."""
+    train_bias: bool = False
+    """Of rows: their biases train, too."""
     weight_decay: float = 0.0
     """AdamW's weight decay."""
     schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
@@ -78,10 +96,45 @@ class TuneSpec:
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises, in [0, 1]."""
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the importance of the rows must observe of examples; empty: nothing."""
+        from .importance import registry as importances
+
+        return importances.make(self.importance).needs if self.method == "rows" else frozenset()
+
+    def adapter(self, seed: int) -> dict[str, Any]:
+        """Arguments of `serpette.tuning.trainable`; an importance that needs data ranks afterwards."""
+        names = {"method", *SETTINGS[self.method]} - {"importance_examples", "scope"}
+        rows = {"importance": "magnitude" if self.needs else self.importance, "seed": seed}
+        return {k: getattr(self, k) for k in names} | (rows if self.method == "rows" else {})
+
+    def differing(self, other: TuneSpec) -> dict[str, Any]:
+        """The settings that mean something here and are not those of `other`."""
+        ignored = {name for names in SETTINGS.values() for name in names} - {*SETTINGS[self.method]}
+        mine, its = dataclasses.asdict(self), dataclasses.asdict(other)
+        changed = {k: v for k, v in mine.items() if v != its[k] and k not in ignored}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}  # as JSON has it
+
+
+ROWS = (
+    "fraction", "modes", "importance", "importance_examples", "scope", "dependencies", "kernel", "train_bias",
+)  # fmt: skip
+SHARED = ("rank", "target_modules", "freeze_attention")
+# what a method looks at, beside the training that is the same for all
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "lora": (*SHARED, "alpha", "dropout"),
+    "dora": (*SHARED, "alpha", "dropout"),
+    "shira": SHARED,
+    "rows": (*SHARED, *ROWS),
+    "full": (),
+    "head": (),
+}
+
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """One way to choose the training examples; arms differ in nothing else."""
+    """One way to choose the training examples, or what trains on them."""
 
     name: str
     """Its name in the report."""
@@ -97,6 +150,8 @@ class ArmSpec:
     """Passed to the scorer, e.g. `{variant: official}`."""
     select_options: dict[str, Any] = field(default_factory=dict)
     """Passed to the selector, e.g. `{gamma: 0.3}`."""
+    tune: dict[str, Any] = field(default_factory=dict)
+    """What differs from the recipe's `tune`, e.g. `{method: rows, fraction: 0.05}`."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +180,13 @@ class Recipe:
     """What happens to an example that cannot be read: listed and left out, or an error."""
     out: str | None = None
     """Folder of the results; None: `runs/` and the name."""
+
+    def tune_of(self, arm: ArmSpec) -> TuneSpec:
+        """`tune` with what `arm` changes; its `rank` takes the place of a `fraction`."""
+        changed = _values(TuneSpec, arm.tune, f"{arm.name}.tune", "recipe")
+        if "rank" in changed:
+            changed = {"fraction": None} | changed
+        return dataclasses.replace(self.tune, **changed)
 
     @property
     def folder(self) -> Path:
@@ -181,48 +243,20 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
     Raises:
         ValueError: names `where`, the key, the value and the limit.
     """
-    tune, data = recipe.tune, recipe.data
-    limits: list[tuple[str, Any, bool, str]] = [
-        (
-            "name",
-            recipe.name,
-            bool(re.fullmatch(r"\w[\w.-]*", recipe.name)),
-            "letters, digits, '.', '-', '_'",
-        ),
+    data = recipe.data
+    sizes = [(f"data.{k}", getattr(data, k)) for k in ("train_limit", "test_limit", "max_length")]
+    limits = [
+        ("name", recipe.name, bool(re.fullmatch(r"\w[\w.-]*", recipe.name)), "letters, digits and . - _"),
         ("seed", recipe.seed, 0 <= recipe.seed < 2**32, "in [0, 2**32)"),
         ("seeds", recipe.seeds, 1 <= recipe.seeds <= 2**32 - recipe.seed, "at least 1"),
         ("batch_size", recipe.batch_size, recipe.batch_size >= 1, "at least 1"),
-        (
-            "data.train_limit",
-            data.train_limit,
-            data.train_limit is None or data.train_limit >= 1,
-            "at least 1, or null for all",
-        ),
-        (
-            "data.test_limit",
-            data.test_limit,
-            data.test_limit is None or data.test_limit >= 1,
-            "at least 1, or null for all",
-        ),
-        (
-            "data.max_length",
-            data.max_length,
-            data.max_length is None or data.max_length >= 1,
-            "at least 1, or null",
-        ),
-        ("tune.epochs", tune.epochs, tune.epochs >= 1, "at least 1"),
-        ("tune.learning_rate", tune.learning_rate, 0 < tune.learning_rate < float("inf"), "above 0"),
-        ("tune.batch_size", tune.batch_size, tune.batch_size >= 1, "at least 1"),
-        ("tune.rank", tune.rank, tune.rank >= 1, "at least 1"),
-        ("tune.alpha", tune.alpha, 0 < tune.alpha < float("inf"), "above 0"),
-        ("tune.dropout", tune.dropout, 0 <= tune.dropout < 1, "in [0, 1)"),
-        ("tune.weight_decay", tune.weight_decay, 0 <= tune.weight_decay < float("inf"), "0 or more"),
-        ("tune.warmup", tune.warmup, 0 <= tune.warmup <= 1, "a share in [0, 1]"),
+        *((key, size, size is None or size >= 1, "at least 1, or null") for key, size in sizes),
         ("arms", recipe.arms, len(recipe.arms) >= 1, "at least one arm, e.g. [{name: full}]"),
     ]
-    for key, value, fine, limit in limits:
-        if not fine:
-            raise ValueError(f"{where}: {key}={value!r} must be {limit}")
+    _check_limits(limits, f"{where}: ")
+    strict = (*ROWS, "freeze_attention", "dropout")  # sizes may stay where the method has no use for them
+    given = [k for k in strict if getattr(recipe.tune, k) != getattr(TuneSpec, k)]
+    _check_tune(recipe.tune, given, f"{where}: tune")
     if (data.test or data.train, data.test_split) == (data.train, data.train_split):
         raise ValueError(
             f"{where}: data.test_split={data.test_split!r} of {data.train!r} is the training split, too; "
@@ -233,6 +267,11 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
         key = f"{where}: arms.{i}"
         if names.index(arm.name) < i:
             raise ValueError(f"{key}.name={arm.name!r} is taken by arms.{names.index(arm.name)}")
+        if arm.tune:
+            _values(TuneSpec, arm.tune, f"arms.{i}.tune", where)
+            _check_tune(recipe.tune_of(arm), [*arm.tune], f"{key}.tune")
+            if {"rank", "fraction"} <= {*arm.tune}:
+                raise ValueError(f"{key}.tune has both rank and fraction; give one of them")
         _check_methods(recipe, arm, key)
         _check_keep(arm, key, data.train_limit or 1)
     if recipe.task is not None:
@@ -248,13 +287,9 @@ def check_task(recipe: Recipe, task: str, where: str = "recipe") -> None:
     from .data.selectors import registry as selectors
     from .scorers import registry as scorers
 
-    if task == "causal-lm" and recipe.tune.method == "head":
-        raise ValueError(
-            f"{where}: tune.method='head' has no meaning in a causal-lm, whose head is that of the "
-            "vocabulary; use 'lora' or 'full'"
-        )
     for i, arm in enumerate(recipe.arms):
         key = f"{where}: arms.{i}"
+        _check_tune_task(recipe.tune_of(arm), task, f"{key}.tune" if arm.tune else f"{where}: tune")
         if arm.scorer is not None and task not in scorers[arm.scorer].tasks:
             able = ", ".join(name for name, cls in scorers.items() if task in cls.tasks)
             raise ValueError(
@@ -270,6 +305,57 @@ def check_task(recipe: Recipe, task: str, where: str = "recipe") -> None:
                 f"{key}.select={arm.select!r} is open: its option is searched by a probe on labels, and a "
                 "causal-lm has none; give it, e.g. select_options: {gamma: 0.5}, or use top_hard"
             )
+
+
+def _check_limits(limits: list[tuple[str, Any, bool, str]], before: str) -> None:
+    for key, value, fine, limit in limits:
+        if not fine:
+            raise ValueError(f"{before}{key}={value!r} must be {limit}")
+
+
+def _check_tune(tune: TuneSpec, given: list[str], key: str) -> None:
+    """Ranges, names, and that `method` has a use for the settings that are `given`."""
+    from .importance import registry as importances
+
+    infinite, fraction, seen = float("inf"), tune.fraction, tune.importance_examples
+    percent = f"; did you mean {fraction / 100:g}?" if fraction and 1 < fraction <= 100 else ""
+    limits = [
+        ("epochs", tune.epochs, tune.epochs >= 1, "at least 1"),
+        ("learning_rate", tune.learning_rate, 0 < tune.learning_rate < infinite, "above 0"),
+        ("batch_size", tune.batch_size, tune.batch_size >= 1, "at least 1"),
+        ("rank", tune.rank, tune.rank >= 1, "at least 1"),
+        ("alpha", tune.alpha, 0 < tune.alpha < infinite, "above 0"),
+        ("dropout", tune.dropout, 0 <= tune.dropout < 1, "in [0, 1)"),
+        ("weight_decay", tune.weight_decay, 0 <= tune.weight_decay < infinite, "0 or more"),
+        ("warmup", tune.warmup, 0 <= tune.warmup <= 1, "a share in [0, 1]"),
+        ("fraction", fraction, fraction is None or 0 < fraction <= 1, f"a share in (0, 1]{percent}"),
+        ("importance_examples", seen, seen >= 1, "at least 1"),
+        ("scope", tune.scope, not tune.dependencies or tune.scope == "layer", "'layer' if dependencies"),
+    ]
+    _check_limits(limits, f"{key}.")
+    for name in given:
+        able = [method for method, names in SETTINGS.items() if name in names]
+        if able and tune.method not in able:
+            raise ValueError(
+                f"{key}.{name}={getattr(tune, name)!r} means nothing to method={tune.method!r}; it is of "
+                f"{' or '.join(map(repr, able))}"
+            )
+    for pattern, mode in tune.modes.items() if isinstance(tune.modes, dict) else ():
+        if mode not in ("rows", "columns", "both"):
+            raise ValueError(f"{key}.modes[{pattern!r}]={mode!r} must be 'rows', 'columns' or 'both'")
+    if tune.importance not in importances:
+        known = near(tune.importance, importances)
+        raise ValueError(f"{key}.importance={tune.importance!r} is unknown{known}")
+
+
+def _check_tune_task(tune: TuneSpec, task: str, key: str) -> None:
+    if task == "causal-lm" and tune.method == "head":
+        raise ValueError(
+            f"{key}.method='head' has no meaning in a causal-lm, whose head is that of the vocabulary; "
+            "use 'lora', 'rows' or 'full'"
+        )
+    if "labels" in tune.needs and task != "classification":
+        raise ValueError(f"{key}.importance={tune.importance!r} needs classes; in a {task} use 'taylor'")
 
 
 def _check_methods(recipe: Recipe, arm: ArmSpec, key: str) -> None:
@@ -292,7 +378,7 @@ def _check_methods(recipe: Recipe, arm: ArmSpec, key: str) -> None:
     reading = getattr(made["scorer"], "reading", None)
     if reading is None:
         return
-    if recipe.tune.method != "lora":
+    if recipe.tune.method != "lora":  # scoring uses the recipe's own settings, whatever the arm trains
         raise ValueError(
             f"{key}.scorer={arm.scorer!r} reads the gradients of a LoRA, and tune.method="
             f"{recipe.tune.method!r} has none; use tune.method: lora, or another scorer"
@@ -366,15 +452,25 @@ def _build(hint: Any, value: Any, key: str, file: str) -> Any:
 def _build_dataclass(cls: type, value: Any, key: str, file: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{file}: {key or 'the recipe'}={value!r} must be a mapping of key: value")
-    hints = typing.get_type_hints(cls)
-    prefix = f"{key}." if key else ""
-    for name in value:
-        if name not in hints:
-            raise ValueError(f"{file}: unknown key {prefix}{name}{near(name, hints)}")
+    values = _values(cls, value, key, file)
     for f in dataclasses.fields(cls):
         if f.name not in value and f.default is f.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{file}: key {prefix}{f.name} is missing; it must be {_words(hints[f.name])}")
-    return cls(**{name: _build(hints[name], item, f"{prefix}{name}", file) for name, item in value.items()})
+            hint = typing.get_type_hints(cls)[f.name]
+            raise ValueError(f"{file}: key {_join(key, f.name)} is missing; it must be {_words(hint)}")
+    return cls(**values)
+
+
+def _values(cls: type, value: dict[str, Any], key: str, file: str) -> dict[str, Any]:
+    """The fields of `cls` that `value` has, each as its type."""
+    hints = typing.get_type_hints(cls)
+    for name in value:
+        if name not in hints:
+            raise ValueError(f"{file}: unknown key {_join(key, name)}{near(name, hints)}")
+    return {name: _build(hints[name], item, _join(key, name), file) for name, item in value.items()}
+
+
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
 
 
 def _fits(hint: Any, value: Any) -> bool:

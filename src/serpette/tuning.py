@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -68,23 +69,37 @@ def trainable(
         size = {} if rows.get("fraction") else {"r": rank}
         config: Any = RowConfig(**shared, **size, freeze_attention=freeze_attention, **rows)
     else:
-        if freeze_attention:
-            shared["exclude_modules"] = _attention(model)
-        config = _peft_config(method, rank, alpha, dropout, shared)
+        excluded = _attention(model) if freeze_attention else None
+        config = _peft_config(model, method, rank, alpha, dropout, excluded, shared)
     with _quiet():
         return get_peft_model(model, config)  # type: ignore[arg-type] - any module
 
 
-def _peft_config(method: str, rank: int, alpha: float, dropout: float, shared: dict[str, Any]) -> Any:
+def _peft_config(
+    model: nn.Module,
+    method: str,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    excluded: str | None,
+    shared: dict[str, Any],
+) -> Any:
     from peft import LoraConfig, ShiraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
 
     if method == "shira":
         torch.sparse.check_sparse_tensor_invariants.disable()  # as they are; unsaid, peft's SHiRA warns
-        return ShiraConfig(r=rank, **shared)
+        config: Any = ShiraConfig(r=rank, **shared)
+        if excluded:  # it has no exclude_modules
+            linears = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+            found = {name for name in linears if check_target_module_exists(config, name)}
+            config.target_modules = {name for name in found if not re.fullmatch(excluded, name)}
+        return config
     return LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type] - peft takes a float
         lora_dropout=dropout,
+        exclude_modules=excluded,
         use_dora=method == "dora",
         **shared,
     )

@@ -3,8 +3,8 @@ r"""QMTaylor: quantiles-mean Taylor importance, between the mean over classes an
     eta_i = (1/11) sum over k = 0..10 of Q_k( { eta_i^t } over t ),   eta_i^t = | w_i . dL(D^t)/dw_i |
 
 SPSFT 2024, "Memory-efficient fine-tuning via structured neural network pruning", Eq. 7: Q_k is the 10 k %
-quantile over the p classes, interpolated linearly. With two classes it equals the mean over them, so it adds
-nothing there.
+quantile over the p classes, interpolated linearly. With 2, 10 or 11 classes it is exactly the mean over them,
+since each class then has the same weight in the 11 quantiles.
 Differs: nothing; holds p x n numbers of a layer, and no gradient of a weight.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .run import Run, cost_of, is_noise, number
+from .run import Run, cost_of, is_noise, keeps_all, number, parts_of
 
 NOISE = "within the noise of one seed and this test set"
 BEYOND = "beyond the noise of this test set"
@@ -15,10 +15,26 @@ SAVED = 0.98  # a cost above 98 % of the full one is no saving: timings vary by 
 Arm = dict[str, Any]
 
 
-def find_full(run: Run) -> Arm | None:
-    """The arm that trains on everything."""
-    whole = [arm for arm in run.arms if number(arm.get("keep")) == 1.0 and not arm.get("scorer")]
-    return whole[0] if whole else run.arm("full")
+def find_full(run: Run, subject: Arm | None = None) -> Arm | None:
+    """The arm that trains on everything: of a pruned `subject` the one tuned alike, else full fine-tuning."""
+    whole = [arm for arm in run.arms if keeps_all(arm)]
+    if subject is not None and not keeps_all(subject):
+        alike = [arm for arm in whole if _tuned_alike(arm, subject)]
+        if alike:
+            return alike[0]
+    every_weight = [arm for arm in whole if arm.get("method") == "full"]
+    return next(iter(every_weight or whole), run.arm("full"))
+
+
+def _tuned_alike(arm: Arm, other: Arm) -> bool:
+    return (arm.get("tune") or {}) == (other.get("tune") or {})
+
+
+def find_lora(run: Run, subject: Arm | None) -> Arm | None:
+    """What rows are compared with beside full fine-tuning: the first LoRA on all examples."""
+    if subject is None or subject.get("method") != "rows" or not keeps_all(subject):
+        return None
+    return next((a for a in run.arms if a.get("method") == "lora" and keeps_all(a)), None)
 
 
 def is_random(arm: Arm) -> bool:
@@ -32,17 +48,22 @@ def find_random(run: Run, subject: Arm | None) -> Arm | None:
     """The control of `subject`: a random choice of the same size, one balanced over the classes first."""
     chance = [arm for arm in run.arms if is_random(arm) and arm is not subject]
     if subject is not None:
-        chance = [arm for arm in chance if arm.get("examples") == subject.get("examples")]
+        same = [arm for arm in chance if arm.get("examples") == subject.get("examples")]
+        chance = [arm for arm in same if _tuned_alike(arm, subject)]
     return next((arm for arm in chance if arm.get("per_class")), chance[0] if chance else None)
 
 
 def find_subject(run: Run) -> Arm | None:
     """The arm that the answer speaks of: the first that is chosen by a score, else the first pruned one.
 
+    Where nothing is pruned, the first that trains rows, else the first beside full fine-tuning.
     The first of the recipe, not the best: taking the best by test accuracy would be choosing on the test set.
     """
     full = find_full(run)
-    pruned = [arm for arm in run.arms if arm is not full]
+    others = [arm for arm in run.arms if arm is not full]
+    if run.tunings_differ and not run.pruned:
+        return next((arm for arm in others if arm.get("method") == "rows"), others[0] if others else None)
+    pruned = [arm for arm in others if not (run.tunings_differ and keeps_all(arm))]
     return next((arm for arm in pruned if not is_random(arm)), pruned[0] if pruned else None)
 
 
@@ -61,16 +82,24 @@ def _keep_units(text: str) -> str:
 def _answer(run: Run) -> tuple[str, str]:
     if not run.arms:
         return "No arm of this run has finished yet.", "There is nothing to compare."
-    full, subject = find_full(run), find_subject(run)
+    subject = find_subject(run)
+    full = find_full(run, subject)
     if subject is None:
         assert full is not None
         return (
             "Nothing was pruned, so there is nothing to compare:",
             f"only the full set was tuned, to {_value(run, full)} in {_cost(full)}.",
         )
+    if run.tunings_differ and keeps_all(subject):
+        lost = [(arm, arm["name"]) for arm in (full, find_lora(run, subject)) if arm and arm is not subject]
+        figures = f"{_trained(run, subject, full)}. {_lost(run, subject, lost)}"
+        return f"{_tuning_verdict(run, subject, full)}:", figures
     chance = None if is_random(subject) else find_random(run, subject)
-    second = _lost(run, subject, full, chance)
-    return f"{_verdict(run, subject, full, chance)}:", f"{_kept(subject, full, chance)}. {second}"
+    pairs = [(full, _full_name(subject, full)), (chance, _chance_name(chance) if chance else "")]
+    second = _lost(run, subject, [(arm, name) for arm, name in pairs if arm])
+    if not (chance or is_random(subject)) and second.startswith("It ") and "no other arm" not in second:
+        second += " No random choice of the same size was run."
+    return f"{_verdict(run, subject, full, chance)}:", f"{_kept(run, subject, full, chance)}. {second}"
 
 
 def _verdict(run: Run, subject: Arm, full: Arm | None, chance: Arm | None) -> str:
@@ -89,6 +118,47 @@ def _verdict(run: Run, subject: Arm, full: Arm | None, chance: Arm | None) -> st
     if to_chance == "noise":
         return "Pruning saved time, but the score did not pay: it chose no better than chance"
     return "Pruning saved time and beat chance, at a price" if to_full == "worse" else "Pruning paid"
+
+
+def _tuning_verdict(run: Run, subject: Arm, full: Arm | None) -> str:
+    mine, whole = cost_of(subject), cost_of(full) if full else None
+    if full is None or mine is None or whole is None:
+        return "Whether training less paid is unknown, as there is nothing to compare with"
+    saved = ["time"] if mine < SAVED * whole else []
+    memory = _gpu_peak(run, subject), _gpu_peak(run, full)
+    if memory[0] and memory[1] and memory[0] < SAVED * memory[1]:
+        saved.append("memory")
+    sign = _sign(run, subject, full)
+    if not saved:
+        gain = ", but was more accurate" if sign == "better" and not run.lower_is_better else ""
+        return f"Training fewer weights saved no time{gain}"
+    price = {"worse": " at a price", "better": " and gained"}.get(sign or "", "")
+    return f"Training fewer weights saved {' and '.join(saved)}{price}"
+
+
+def _gpu_peak(run: Run, arm: Arm) -> float | None:
+    """Peak bytes; None on a CPU, where they are those of the whole process and of earlier arms."""
+    on_gpu = str((run.result.get("hardware") or {}).get("device", "")).startswith("cuda")
+    return number(arm.get("peak_bytes")) if on_gpu else None
+
+
+def _trained(run: Run, subject: Arm, full: Arm | None) -> str:
+    share, weights = run.trainable_share(subject), number(subject.get("trainable_parameters"))
+    part = "a part of the weights" if weights is None else f"{weights:,.0f} weights"
+    if share is not None:
+        part += f" ({percent(share)} of the model's)"
+    text = f"{subject['name']} trained {part} and cost {_cost(subject)} of {cost_words(run)}"
+    for other in (full, find_lora(run, subject)):
+        mine, its = cost_of(subject), cost_of(other) if other else None
+        if other and its and mine is not None:
+            lead = ", against" if other is full else " and"
+            text += f"{lead} {seconds(its)} for {other['name']} ({_percent(mine / its)})"
+    return text
+
+
+def percent(share: float) -> str:
+    """`4.8 %`, `0.031 %`: a share that may be small."""
+    return f"{100 * share:.1f} %" if share >= 0.01 else f"{100 * share:.2g} %"
 
 
 def _sign(run: Run, arm: Arm, to: Arm | None) -> str | None:
@@ -111,25 +181,34 @@ def _difference(run: Run, arm: Arm, to: Arm) -> tuple[float | None, bool | None]
     return (None, None) if mine is None or other is None else (mine - other, None)
 
 
-def _kept(subject: Arm, full: Arm | None, chance: Arm | None) -> str:
+def _full_name(subject: Arm, full: Arm | None) -> str:
+    return "the full set" if full is None or _tuned_alike(full, subject) else full["name"]
+
+
+def cost_words(run: Run) -> str:
+    """`scoring, selection and tuning`: what the cost is made of."""
+    *parts, last = parts_of(run)
+    return f"{', '.join(parts)} and {last}" if parts else last
+
+
+def _kept(run: Run, subject: Arm, full: Arm | None, chance: Arm | None) -> str:
     kept, total = subject.get("examples"), full.get("examples") if full else None
     share = f"{kept:,.0f} examples" if kept is not None else "a part of the examples"
     if kept is not None and total:
         share = f"{kept:,.0f} of {total:,.0f} training examples ({100 * kept / total:.0f} %)"
-    text = f"{subject['name']} kept {share} and cost {_cost(subject)} of scoring, selection and tuning"
+    text = f"{subject['name']} kept {share} and cost {_cost(subject)} of {cost_words(run)}"
     mine, whole = cost_of(subject), cost_of(full) if full else None
     if whole and mine is not None:
-        text += f", against {seconds(whole)} for the full set ({_percent(mine / whole)})"
+        text += f", against {seconds(whole)} for {_full_name(subject, full)} ({_percent(mine / whole)})"
     if chance and cost_of(chance) is not None:
         text += f" and {_cost(chance)} for {_chance_name(chance)}"
     return text
 
 
-def _lost(run: Run, subject: Arm, full: Arm | None, chance: Arm | None) -> str:
-    pairs = [(full, "the full set"), (chance, _chance_name(chance) if chance else "")]
+def _lost(run: Run, subject: Arm, pairs: list[tuple[Arm, str]]) -> str:
     phrases, noises = [], []
     for to, name in pairs:
-        difference, within = _difference(run, subject, to) if to else (None, None)
+        difference, within = _difference(run, subject, to)
         if difference is None:
             continue
         verb = "gained" if (difference < 0) == run.lower_is_better else "lost"
@@ -145,10 +224,8 @@ def _lost(run: Run, subject: Arm, full: Arm | None, chance: Arm | None) -> str:
             f"It reached {_value(run, subject)}; there is no other arm to compare it with."
         )  # fmt: skip
     if len(phrases) == 2 and noises[0] == noises[1]:
-        text = f"It {phrases[0]} and {phrases[1]}, both {noises[0]}."
-    else:
-        text = "It " + " and ".join(f"{p} ({n})" for p, n in zip(phrases, noises, strict=True)) + "."
-    return text if chance or is_random(subject) else text + " No random choice of the same size was run."
+        return f"It {phrases[0]} and {phrases[1]}, both {noises[0]}."
+    return "It " + " and ".join(f"{p} ({n})" for p, n in zip(phrases, noises, strict=True)) + "."
 
 
 def noise_of(run: Run, words: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from ..evaluate import proportion_interval
-from .answer import find_full, is_random, seconds
-from .run import Run, cost_of, number
+from .answer import find_full, is_random, percent, seconds
+from .run import Run, cost_of, keeps_all, number, parts_of
 from .svg import ARMS, THEME, figure, inline, plain
 
 PANELS = 12  # classes in the histogram; more would be too small to read on a phone
@@ -35,33 +36,63 @@ def arm_index(run: Run) -> dict[str, int]:
 
 def accuracy_against_cost(run: Run) -> str | None:
     """One point an arm, with the 95 % interval of its metric over the seeds, else of its accuracy."""
-    points = [(arm, cost_of(arm), run.value(arm)) for arm in run.arms]
-    points = [(arm, x, y) for arm, x, y in points if x is not None and y is not None]
+    costs = [cost_of(arm) for arm in run.arms]
+    unit, per = _time_unit(max((cost for cost in costs if cost is not None), default=0))
+    label = f"{' + '.join(parts_of(run))}, {unit}"
+    scaled = [None if cost is None else cost / per for cost in costs]
+    return _scatter(run, scaled, label, "cost", lambda x: seconds(x * per))
+
+
+def accuracy_against_parameters(run: Run) -> str | None:
+    """The same against the share of the model's parameters that train; None where all arms train alike."""
+    shares = [run.trainable_share(arm) or None for arm in run.arms]
+    if not run.tunings_differ or len({share for share in shares if share}) < 2:
+        return None
+    label = "parameters that train, % of the model's"
+    scaled = [100 * share if share else None for share in shares]
+    return _scatter(run, scaled, label, "parameters", lambda x: percent(x / 100), log=True)
+
+
+def _scatter(
+    run: Run,
+    xs: list[float | None],
+    label: str,
+    what: str,
+    said_of: Callable[[float], str],
+    log: bool = False,
+) -> str | None:
+    found = [(arm, x, run.value(arm)) for arm, x in zip(run.arms, xs, strict=True)]
+    points = [(arm, x, y) for arm, x, y in found if x is not None and y is not None]
     if not points:
         return None
     scale = 100 if run.classification else 1
     n = run.data.get("test_examples") or 0
-    unit, per = _time_unit(max(x for _, x, _ in points))
     fig, ax = figure(300)
     index, dots, spans = arm_index(run), [], []
     for arm, x, y in points:
         low, high = proportion_interval(y, n) if run.classification and n and 0 <= y <= 1 else (y, y)
         low, high = run.interval(arm) or ((y, y) if run.seeds else (low, high))
         color, marker = _mark(index[arm["name"]])
-        ax.plot([x / per] * 2, [low * scale, high * scale], color=color, lw=1.6, solid_capstyle="round")
-        ax.plot(x / per, y * scale, marker, ms=8, color=color, mec=THEME["page"], mew=1.2, zorder=3)
-        dots.append((x / per, y * scale))
-        spans.append((x / per, low * scale, high * scale))
-    ax.set_xlim(0, max(x for x, _ in dots) * 1.16 or 1)
+        ax.plot([x] * 2, [low * scale, high * scale], color=color, lw=1.6, solid_capstyle="round")
+        ax.plot(x, y * scale, marker, ms=8, color=color, mec=THEME["page"], mew=1.2, zorder=3)
+        dots.append((x, y * scale))
+        spans.append((x, low * scale, high * scale))
+    if log:
+        ax.set_xscale("log")
+        ax.set_xlim(min(x for x, _ in dots) / 2, max(x for x, _ in dots) * 2)
+        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
+        ax.xaxis.set_minor_formatter(lambda x, _: "")
+    else:
+        ax.set_xlim(0, max(x for x, _ in dots) * 1.16 or 1)
     bottom, top = min(s[1] for s in spans), max(s[2] for s in spans)
     pad = 0.14 * (top - bottom) or 0.05 * abs(top) or 0.05
     ax.set_ylim(bottom - pad, top + pad)
-    ax.set_xlabel(f"scoring + selection + tuning, {unit}")
+    ax.set_xlabel(label)
     ax.set_title(f"{plain(run.metric)}{', %' if run.classification else ''}", loc="left", color=THEME["soft"])
     names = [plain(arm["name"], 24) for arm, _, _ in points]
     _place_labels(fig, ax, dots, spans, names, [_mark(index[arm["name"]])[0] for arm, _, _ in points])
-    said = "; ".join(f"{plain(a['name'])} {y * scale:.3g} at {seconds(x)}" for a, x, y in points)
-    return inline(fig, "cost-accuracy", f"{plain(run.metric)} against cost. {said}")
+    said = "; ".join(f"{plain(a['name'])} {y * scale:.3g} at {said_of(x)}" for a, x, y in points)
+    return inline(fig, f"{what}-accuracy", f"{plain(run.metric)} against {what}. {said}")
 
 
 def _place_labels(fig, ax, dots, spans, names: list[str], colors: list[str]) -> None:
@@ -110,7 +141,7 @@ def _overlap(a, b) -> float:
 
 
 def cost_split(run: Run) -> str | None:
-    """One bar an arm: scoring, selection, tuning; evaluation is no part of the cost and hatched below."""
+    """One bar an arm, in its parts; evaluation is no part of the cost and hatched below."""
     from matplotlib.patches import Patch
 
     arms = [(arm, cost_of(arm)) for arm in run.arms if cost_of(arm) is not None]
@@ -124,7 +155,7 @@ def cost_split(run: Run) -> str | None:
     index, widest = arm_index(run), 0.0
     for row, ((arm, cost), time) in enumerate(zip(arms, times, strict=True)):
         left = 0.0
-        for part in ("scoring", "selection", "tuning"):
+        for part in parts_of(run):
             width = time.get(part, 0.0) / per
             ax.barh(row, width, 0.34, left=left, color=THEME[part], linewidth=0)
             left += width
@@ -135,7 +166,7 @@ def cost_split(run: Run) -> str | None:
         widest = max(widest, left, spent)
     _bar_axes(ax, len(arms), widest)
     ax.set_xlabel(f"time, {unit}")
-    handles = [Patch(facecolor=THEME[p], label=p) for p in ("scoring", "selection", "tuning")]
+    handles = [Patch(facecolor=THEME[p], label=p) for p in parts_of(run)]
     hatched = Patch(
         facecolor="none", edgecolor=THEME["soft"], hatch="/////", label="evaluation, apart", lw=0.8
     )
@@ -150,7 +181,7 @@ def cost_split(run: Run) -> str | None:
 def subset_distance(run: Run) -> str | None:
     """Bars of the maximum mean discrepancy between each arm's subset and the full set."""
     full = find_full(run)
-    arms = [(arm, number(arm.get("mmd"))) for arm in run.arms if arm is not full]
+    arms = [(arm, number(arm.get("mmd"))) for arm in run.arms if not (arm is full or keeps_all(arm))]
     arms = [(arm, value) for arm, value in arms if value is not None]
     if not arms:
         return None

@@ -8,7 +8,19 @@ from typing import Any
 import numpy as np
 
 from . import figures, svg
-from .answer import answer, find_full, find_random, interval, is_random, noise_lines, seconds, shown
+from .answer import (
+    answer,
+    cost_words,
+    find_full,
+    find_lora,
+    find_random,
+    interval,
+    is_random,
+    noise_lines,
+    percent,
+    seconds,
+    shown,
+)
 from .run import Run, cost_of, is_noise, number
 
 OPEN_CLASSES = 12  # galleries shown at once; those of the other classes are folded away
@@ -22,6 +34,7 @@ def render(run: Run) -> str:
     with svg.style():
         drawn: dict[str, Any] = {
             "scatter": figures.accuracy_against_cost(run),
+            "parameters": figures.accuracy_against_parameters(run),
             "split": figures.cost_split(run),
             "mmd": figures.subset_distance(run),
             "histograms": figures.score_histograms(run),
@@ -34,14 +47,20 @@ def render(run: Run) -> str:
         loader=PackageLoader("serpette", "report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    gallery, (verdict, figures_of_answer) = galleries(run), answer(run)
+    gallery, rows, (verdict, figures_of_answer) = galleries(run), arm_rows(run), answer(run)
     return environment.get_template("report.html.j2").render(
         name=run.result.get("name") or "run",
         verdict=verdict,
         answer=figures_of_answer,
         noise=noise_lines(run),
         facts=facts(run),
-        arms=arm_rows(run),
+        arms=rows,
+        has_lora=any(row["to_lora"] for row in rows),
+        cut=run.pruned or not run.tunings_differ,
+        tunings_differ=run.tunings_differ,
+        full_name=(find_full(run) or {}).get("name", "full") if run.tunings_differ else "full",
+        cost_words=cost_words(run),
+        on_cpu=(run.result.get("hardware") or {}).get("device") == "cpu",
         metric=run.metric,
         unit=_unit(run),
         compared=sum(len(items) for _, items in noise_lines(run)),
@@ -100,23 +119,26 @@ def arm_rows(run: Run) -> list[dict[str, Any]]:
     total = (full or {}).get("examples") or run.data.get("train_examples")
     rows = []
     for arm in run.arms:
-        cost, kept, time = cost_of(arm), arm.get("examples"), arm.get("seconds") or {}
+        cost, kept = cost_of(arm), arm.get("examples")
         flops = [number(value) for value in (arm.get("flops") or {}).values()]
         peak = number(arm.get("peak_bytes"))
         chance = None if arm is full or is_random(arm) else find_random(run, arm)
+        share = run.trainable_share(arm)
         rows.append({
             "name": arm["name"],
-            "how": _how(arm),
+            "how": _how(arm, run.tunings_differ),
             "index": index[arm["name"]],
             "kept": "–" if kept is None else f"{kept:,.0f}",
             "kept_share": f"{100 * kept / total:.0f} %" if kept is not None and total else "",
             "value": shown(run, run.value(arm)),
             "ends": _ends(run, arm),
-            "to_full": _against(run, arm, full),
+            "trainable": _count(arm["trainable_parameters"]) if share is not None else "–",
+            "trainable_share": "" if share is None else percent(share),
+            "to_full": _against(run, arm, find_full(run, arm)),
+            "to_lora": _against(run, arm, find_lora(run, arm)),
             "to_chance": _against(run, arm, chance),
             "cost": seconds(cost),
             "cost_share": f"{100 * cost / whole:.0f} %" if cost is not None and whole else "",
-            "parts": [(part, seconds(number(time.get(part)))) for part in ("scoring", "selection", "tuning")],
             "steps": f"{arm['steps']:,.0f}" if number(arm.get("steps")) is not None else "–",
             "epochs": arm.get("epochs"),
             "flops": _count(sum(f or 0 for f in flops)) if flops else "–",
@@ -134,14 +156,24 @@ def _against(run: Run, arm: dict, to: dict | None) -> dict[str, Any] | None:
     return {"difference": difference, "ends": ends, "noise": is_noise(comparison)}
 
 
-def _how(arm: dict) -> str:
+def _how(arm: dict, tuned: bool) -> str:
     parts = [str(arm[key]) for key in ("scorer", "select") if arm.get(key)]
     text = " + ".join(dict.fromkeys(parts))
     if number(arm.get("gamma")) is not None:
         text += f", gamma {arm['gamma']:g}"
     if arm.get("per_class") and number(arm.get("keep")) != 1.0:
         text += ", balanced" if text else "balanced"
-    return text
+    words = _tuning_words(arm) if tuned else ""
+    return "; ".join(part for part in (text, words) if part)
+
+
+def _tuning_words(arm: dict) -> str:
+    """`rows, fraction 0.05, importance taylor`: the method, and what differs from the recipe's settings."""
+    changed = {k.replace("_", " "): v for k, v in (arm.get("tune") or {}).items() if k != "method" and v}
+    words = [
+        k if v is True else f"{k} {v:g}" if number(v) is not None else f"{k} {v}" for k, v in changed.items()
+    ]
+    return ", ".join([str(arm.get("method") or ""), *words]).strip(", ")
 
 
 def class_table(run: Run) -> dict[str, Any] | None:

@@ -74,6 +74,22 @@ class Run:
         names = [column[len("score:") :] for column in self.scores if column.startswith("score:")]
         return [n for n in names if any(column.startswith(f"{n}@") for column in self.scores)]
 
+    @property
+    def tunings_differ(self) -> bool:
+        """Whether arms differ in what trains, or how."""
+        return any(arm.get("tune") for arm in self.arms)
+
+    @property
+    def pruned(self) -> bool:
+        """Whether an arm trains on a part of the data."""
+        return any(not keeps_all(arm) for arm in self.arms)
+
+    def trainable_share(self, arm: dict[str, Any]) -> float | None:
+        """Parameters that train, as a share of the model's."""
+        mine = number(arm.get("trainable_parameters"))
+        whole = number((self.result.get("model") or {}).get("parameters"))
+        return None if mine is None or not whole else mine / whole
+
     def arm(self, name: str) -> dict[str, Any] | None:
         return next((arm for arm in self.arms if arm["name"] == name), None)
 
@@ -106,11 +122,27 @@ def is_noise(comparison: dict[str, Any]) -> bool | None:
     return None if low is None or high is None else low <= 0 <= high
 
 
+# what an arm's time goes to; evaluation is the same for all arms and no part of its cost
+PARTS = ("scoring", "selection", "ranking", "tuning")
+
+
+def parts_of(run: Run) -> list[str]:
+    """The `PARTS` that the run has: rows are ranked in some only."""
+    ranked = any(number((arm.get("seconds") or {}).get("ranking")) for arm in run.arms)
+    cut = run.pruned or not run.tunings_differ
+    return [p for p in PARTS if p == "tuning" or (ranked if p == "ranking" else cut)]
+
+
 def cost_of(arm: dict[str, Any]) -> float | None:
-    """Seconds of scoring + selection + tuning; evaluation is the same for all arms and not part of it."""
+    """Seconds of scoring + selection + ranking + tuning; None without those of tuning."""
     seconds = arm.get("seconds") or {}
-    parts = [number(seconds.get(part)) for part in ("scoring", "selection", "tuning")]
-    return None if parts[2] is None else sum(part or 0.0 for part in parts)
+    parts = [number(seconds.get(part)) for part in PARTS]
+    return None if parts[-1] is None else sum(part or 0.0 for part in parts)
+
+
+def keeps_all(arm: dict[str, Any]) -> bool:
+    """Whether the arm trains on all of the examples."""
+    return number(arm.get("keep")) == 1.0 and not arm.get("scorer")
 
 
 def load(run_dir: str | os.PathLike) -> Run:
