@@ -119,9 +119,10 @@ def test_qm_taylor_against_numpy_and_in_pieces(monkeypatch):
     torch.testing.assert_close(QMTaylor()(stats), torch.from_numpy(expected))
 
 
-def test_qm_taylor_of_two_classes_is_the_mean_over_classes():
-    stats = make_stats(classes=2)
-    torch.testing.assert_close(QMTaylor()(stats), Taylor()(stats), rtol=1e-14, atol=0)
+@pytest.mark.parametrize("classes, same", [(2, True), (3, False), (9, False), (10, True), (11, True)])
+def test_qm_taylor_is_the_mean_over_two_ten_or_eleven_classes(classes, same):
+    stats = make_stats(n=8, classes=classes)
+    assert torch.allclose(QMTaylor()(stats), Taylor()(stats), rtol=1e-13, atol=0) == same
 
 
 def test_wanda_with_norms_for_all_or_for_each_neuron():
