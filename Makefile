@@ -1,6 +1,6 @@
 # A machine with Python >= 3.10, make and pip is enough. Another interpreter: make demo PYTHON=python3.12
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint bench clean
+.PHONY: help install demo test oldest lint bench clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -36,6 +36,10 @@ demo: $(STAMP)  ## prune Fashion-MNIST, tune a real ViT on what is left; ends wi
 test: $(STAMP)  ## the tests (under 10 minutes on 2 cores); some of them: make test ARGS="tests/test_cli.py"
 	@echo "==> running the tests"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+
+oldest: $(STAMP)  ## the tests of the row adapter with the oldest peft that it supports
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(VENV)/oldest peft==0.18.0
+	@PYTHONPATH=$(CURDIR)/$(VENV)/oldest OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/rows $(ARGS)
 
 lint: $(STAMP)  ## ruff, format, pyright, and that imports point one way
 	@echo "==> ruff"

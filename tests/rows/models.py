@@ -130,7 +130,7 @@ def trained_masks(model, adapter="default"):
 
 
 class DenseTwin:
-    """A dense copy that moves only where a mask is 1; `decay` pulls towards the first weights, as of a delta."""
+    """A dense copy that moves only where a mask is 1; `decay` pulls towards its first weights."""
 
     def __init__(self, net, masks, optimizer, decay=0.0):
         self.net, self.masks = copy.deepcopy(net).requires_grad_(True), masks

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 from serpette.rows.kernels import AddAt, FrozenWithRows, MaskRows
 
-I, O, R, C, T = 6, 5, 2, 3, 7
+INPUTS, OUTPUTS, ROWS, COLUMNS, T = 6, 5, 2, 3, 7
 
 
 def double(*shape):
@@ -21,11 +21,11 @@ def double(*shape):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(4,), (2, 3), ()])
 def test_frozen_with_rows(rows, columns, bias, shape):
-    W, b = double(O, I).detach(), double(O).detach()
+    W, b = double(OUTPUTS, INPUTS).detach(), double(OUTPUTS).detach()
     at, columns_at = torch.tensor([1, 4]), torch.tensor([0, 2, 5])
-    x = double(*shape, I)
-    A, a = (double(R, I), double(R) if bias else None) if rows else (None, None)
-    B = double(O, C) if columns else None
+    x = double(*shape, INPUTS)
+    A, a = (double(ROWS, INPUTS), double(ROWS) if bias else None) if rows else (None, None)
+    B = double(OUTPUTS, COLUMNS) if columns else None
 
     def run(x, A, a, B):
         if A is not None and B is not None:
@@ -48,7 +48,7 @@ def test_frozen_with_rows(rows, columns, bias, shape):
         B.data[at] = 0
     torch.testing.assert_close(run(x, A, a, B), dense(x, A, a, B), rtol=1e-12, atol=1e-12)
     given = [v for v in (x, A, a, B) if v is not None]
-    g = torch.randn(*shape, O, dtype=torch.float64)
+    g = torch.randn(*shape, OUTPUTS, dtype=torch.float64)
     found = torch.autograd.grad(run(x, A, a, B), given, g)
     expected = torch.autograd.grad(dense(x, A, a, B), given, g)
     for one, other in zip(found, expected, strict=True):
@@ -79,9 +79,11 @@ def test_mask_rows():
 
 
 def test_second_derivatives_are_refused():
-    x = double(2, I)
-    A = double(R, I)
-    y = FrozenWithRows.apply(x, double(O, I).detach(), None, A, None, torch.tensor([0, 1]), None, None, False)
+    x = double(2, INPUTS)
+    A = double(ROWS, INPUTS)
+    y = FrozenWithRows.apply(
+        x, double(OUTPUTS, INPUTS).detach(), None, A, None, torch.tensor([0, 1]), None, None, False
+    )
     (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         g.sum().backward()
@@ -149,6 +151,6 @@ def test_saved_bytes_of_convolution():
     assert floor == size, "torch's own convolution keeps its input even where it is frozen"
     assert saved_bytes(adapted(net, r=4), x) == floor
     assert saved_bytes(adapted(net, r=4, modes="columns"), x) == floor + size // 2
-    # of a grouped one, what the selected filters read
+    # of a grouped one nothing of the activations, but the weight with the changes in it
     grouped = Net(nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False))
-    assert saved_bytes(adapted(grouped, r=2), x) == floor + size // 4
+    assert saved_bytes(adapted(grouped, r=2), x) == floor + 8 * 9 * 4

@@ -29,19 +29,20 @@ class RowConfig(PeftConfig):
 
     Args:
         r: rows that train in each layer; with columns, columns too.
-        fraction: the same as a share of each layer's rows, in (0, 1]; exactly one of the two is given. The paper
-            trains 5 %, or 2.5 % with dependencies.
+        fraction: the same as a share of each layer's rows, in (0, 1]; exactly one of the two is given. The
+            paper trains 5 %, or 2.5 % with dependencies.
         target_modules: names, a regular expression, `"all-linear"` (every linear layer but the head, as peft
             understands it) or `"all-layers"` (convolutions and norms too).
         exclude_modules: names or a regular expression of modules to leave out.
         freeze_attention: leave out everything inside attention blocks: a quarter less memory on an LLM, about
             the same accuracy (the paper's Table 9).
-        modes: `"rows"` (the paper), `"columns"` (inputs instead of outputs: saves only the selected inputs for
-            the backward pass) or `"both"`; or {pattern: mode}, where the first pattern that matches the end of
-            a module's name counts and the others train rows.
+        modes: `"rows"` (the paper), `"columns"` (inputs instead of outputs: saves only the selected inputs
+            for the backward pass) or `"both"`; or {pattern: mode}, where the first pattern that matches
+            the end of a module's name counts and the others train rows.
         importance: `"magnitude"` or `"random"`, which need no data, choose the rows at once; others through
             `serpette.rank_rows(model, loader, "taylor")` afterwards.
         dependencies: `rank_rows` scores and chooses rows of one layer and columns of the next together.
+            `"residual"`: the residual stream, which spans all layers, is such a group, too.
         train_bias: the bias of a selected row trains too. Off: the paper's count of parameters has none.
         kernel: `"additive"` adds the trained rows' part to the frozen layer's output: any base, several
             adapters. `"live"` writes them into the weight: one matrix product, but a single adapter and no
@@ -50,8 +51,8 @@ class RowConfig(PeftConfig):
             statistics, as small batches want; `"update"` with the batch's, and moves the running ones.
         modules_to_save: modules that train whole and are saved with the adapter, such as a new head.
         seed: of importance `"random"`.
-        counts: {module: [rows, columns]}, filled in when the rows are chosen and read when the adapter is
-            loaded; not to be given.
+        counts: {module: [rows that train, columns that train, rows, columns]}, filled in when the rows are
+            chosen and read when the adapter is loaded; not to be given.
 
     Weight decay acts on the change of a row, so it pulls towards the pre-trained row, with either kernel.
 
@@ -72,7 +73,7 @@ class RowConfig(PeftConfig):
     freeze_attention: bool = False
     modes: Mode | dict[str, Mode] = "rows"
     importance: str = "magnitude"
-    dependencies: bool = False
+    dependencies: bool | Literal["residual"] = False
     train_bias: bool = False
     kernel: Literal["additive", "live"] = "additive"
     running_statistics: Literal["frozen", "update"] = "frozen"
@@ -94,11 +95,23 @@ class RowConfig(PeftConfig):
             )
         if self.r is not None and (isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1):
             raise ValueError(f"r={self.r!r} must be a whole number of rows, at least 1")
-        if self.fraction is not None and not 0 < self.fraction <= 1:
-            hint = f"; did you mean {self.fraction / 100:g}?" if 1 < self.fraction <= 100 else ""
-            raise ValueError(f"fraction={self.fraction} must be in (0, 1]{hint}")
+        number = isinstance(self.fraction, (int, float)) and not isinstance(self.fraction, bool)
+        if self.fraction is not None and not (number and 0 < self.fraction <= 1):
+            hint = f"; did you mean {self.fraction / 100:g}?" if number and 1 < self.fraction <= 100 else ""
+            raise ValueError(f"fraction={self.fraction!r} must be in (0, 1]{hint}")
         modes = self.modes.values() if isinstance(self.modes, Mapping) else (self.modes,)
         _one_of("modes", modes, ("rows", "columns", "both"))
+        if self.dependencies not in (True, False, "residual"):
+            raise ValueError(f"dependencies={self.dependencies!r} must be True, False or 'residual'")
+        for argument in ("modes", "target_modules", "exclude_modules"):
+            value = getattr(self, argument)
+            for pattern in value if isinstance(value, Mapping) else [value] if isinstance(value, str) else ():
+                try:
+                    re.compile(pattern)
+                except re.error as error:
+                    raise ValueError(
+                        f"{argument}: {pattern!r} is not a regular expression: {error}"
+                    ) from None
         _one_of("kernel", [self.kernel], ("additive", "live"))
         _one_of("running_statistics", [self.running_statistics], ("frozen", "update"))
 
@@ -107,7 +120,7 @@ class RowConfig(PeftConfig):
         if not isinstance(self.modes, Mapping):
             return self.modes
         for pattern, mode in self.modes.items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            if ends_with(module, pattern):
                 return mode
         return "rows"
 
@@ -122,6 +135,11 @@ class RowConfig(PeftConfig):
                 "lower it, exclude the module, or give a fraction"
             )
         return self.r
+
+
+def ends_with(module: str, pattern: str) -> bool:
+    """Whether the regular expression matches a module's name or the end of it after a dot."""
+    return re.fullmatch(rf"(.*\.)?({pattern})", module) is not None
 
 
 def _one_of(argument: str, values: object, known: tuple[str, ...]) -> None:

@@ -19,9 +19,9 @@ from .layers import RowConv, RowEmbedding, RowNorm
 def to_lora(model: PeftModel, folder: str | Path, adapter: str = "default") -> Path:
     r"""Writes `adapter` as a LoRA adapter of the same change, exactly.
 
-    Selected rows: B (O, r) is one-hot, A the trained rows. Selected columns: A (c, I) is one-hot, B the trained
-    columns. Both: one after the other. The scale is 1. Trained biases become LoRA biases, trained norms and
-    `modules_to_save` are saved whole.
+    Rows: B (O, r) is one-hot, A the trained rows. Columns: A (c, I) is one-hot, B the trained
+    columns. Both: one after the other. The scale is 1. Trained biases become LoRA biases; trained norms,
+    `modules_to_save` and (beside trained biases, where peft allows no LoRA) embeddings are saved whole.
 
     Args:
         model: as `get_peft_model(model, RowConfig(...))` made it.
@@ -32,8 +32,8 @@ def to_lora(model: PeftModel, folder: str | Path, adapter: str = "default") -> P
         `folder`.
 
     Raises:
-        ValueError: an adapter that the model does not have, or one that trains a grouped convolution, which LoRA
-            cannot express.
+        ValueError: an adapter that the model does not have, or one that trains what LoRA cannot express:
+            columns of a convolution, a grouped or dilated one, norms alone.
 
     Example:
         >>> import tempfile
@@ -56,9 +56,9 @@ def to_lora(model: PeftModel, folder: str | Path, adapter: str = "default") -> P
     has_bias = any(adapter in layer.rows_bias for _, layer in layers if not isinstance(layer, RowNorm))
     for name, layer in layers:
         key = f"base_model.model.{name}"
-        if isinstance(layer, RowNorm):
+        if isinstance(layer, RowNorm) or (has_bias and isinstance(layer, RowEmbedding)):  # peft: not both
             whole.append(name)
-            tensors |= {f"{key}.{k}": v for k, v in _norm(layer, adapter).items()}
+            tensors |= {f"{key}.{k}": v for k, v in _whole(layer, adapter).items()}
             continue
         A, B = _factors(name, layer, adapter)
         ranks[name] = len(A)
@@ -105,19 +105,21 @@ def _saved_whole(model: PeftModel, adapter: str, names: list[str]) -> dict[str, 
     return found
 
 
-def _norm(layer: RowNorm, adapter: str) -> dict[str, Tensor]:
+@torch.no_grad()
+def _whole(layer: RowLayer, adapter: str) -> dict[str, Tensor]:
     """The state of the base layer with the changes in it."""
     state = {k: v.clone() for k, v in layer.get_base_layer().state_dict().items()}
-    for name, change in (("weight", layer.rows_weight), ("bias", layer.rows_bias)):
-        if adapter in change:
-            state[name].index_add_(0, layer.rows_index[adapter], change[adapter].detach().to(state[name].dtype))
+    layer._add_changes(state["weight"], adapter, 1)
+    if adapter in layer.rows_bias:
+        change = layer.rows_bias[adapter].to(state["bias"].dtype)
+        state["bias"].index_add_(0, layer.rows_index[adapter], change)
     return state
 
 
 def _bias(layer: RowLayer, adapter: str) -> Tensor:
-    bias = torch.zeros(layer.neurons)
+    bias = torch.zeros(layer.neurons, dtype=layer._dtype_and_grad(adapter)[0])
     if adapter in layer.rows_bias:
-        bias[layer.rows_index[adapter].cpu()] = layer.rows_bias[adapter].detach().float().cpu()
+        bias[layer.rows_index[adapter].cpu()] = layer.rows_bias[adapter].detach().cpu()
     return bias
 
 
@@ -129,8 +131,8 @@ def _factors(name: str, layer: RowLayer, adapter: str) -> tuple[Tensor, Tensor]:
         base = layer.get_base_layer()
         if base.groups > 1 or set(base.dilation) != {1} or base.padding_mode != "zeros" or B is not None:
             raise ValueError(
-                f"{name!r}: LoRA in peft cannot express trained columns of a convolution, nor rows of one with "
-                "groups, dilation or another padding than zeros; use merge_and_unload() instead"
+                f"{name!r}: LoRA in peft cannot express trained columns of a convolution, nor rows of one "
+                "with groups, dilation or another padding than zeros; use merge_and_unload() instead"
             )
         kernel = (1,) * len(base.kernel_size)
     parts = []

@@ -1,7 +1,7 @@
-"""A frozen linear layer with trained rows and columns, saving nothing that the backward pass does without.
+"""A frozen linear layer with trained rows and columns, saving only what the backward pass needs.
 
-Letters: x (..., I) inputs, W (O, I) frozen, A (r, I) change of the rows `rows`, B (O, c) change of the columns
-`columns`, g (..., O) gradient of the output.
+Letters: x (..., I) inputs, W (O, I) frozen, A (r, I) change of the rows `rows`, B (O, c) change of the
+columns `columns`, g (..., O) gradient of the output.
 
     y = x W^T + b;   y[..., rows] += x A^T + a;   y += x[..., columns] B^T
 
@@ -61,11 +61,11 @@ class FrozenWithRows(torch.autograd.Function):
         x: Tensor,
         W: Tensor,
         b: Tensor | None,
-        A: Tensor | None,
-        a: Tensor | None,
-        rows: Tensor | None,
-        B: Tensor | None,
-        columns: Tensor | None,
+        A: Any,
+        a: Any,
+        rows: Any,
+        B: Any,
+        columns: Any,
         live: bool,
     ) -> Tensor:
         W_cast, b = W.to(x.dtype), _cast(b, x)
@@ -91,7 +91,7 @@ class FrozenWithRows(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, W, A, rows, x_columns, B, columns = ctx.saved_tensors
         g = g.reshape(-1, len(W))
-        g_rows = None if A is None else g.index_select(-1, rows)
+        g_rows: Any = None if A is None else g.index_select(-1, rows)
         gx = gA = ga = gB = None
         if ctx.needs_input_grad[0]:
             gx = g @ W.to(g.dtype)
@@ -101,9 +101,11 @@ class FrozenWithRows(torch.autograd.Function):
                 gx.index_copy_(-1, columns, _sum_at(gx, g @ B.to(g.dtype), columns, -1))
             gx = gx.view(ctx.shape)
         if x is not None:
+            assert A is not None
             gA = (g_rows.t() @ x.reshape(-1, x.shape[-1])).to(A.dtype)
             ga = g_rows.sum(0, dtype=A.dtype) if ctx.has_bias else None
         if x_columns is not None:
+            assert B is not None
             gB = (g.t() @ x_columns.reshape(-1, x_columns.shape[-1])).to(B.dtype)
         return gx, None, None, gA, ga, None, gB, None, None
 

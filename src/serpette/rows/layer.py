@@ -1,4 +1,4 @@
-"""What replaces a layer of the model: the frozen layer, and for each adapter the rows and columns that train."""
+"""What replaces a layer: the frozen layer, and for each adapter the rows and columns that train."""
 
 from __future__ import annotations
 
@@ -28,15 +28,21 @@ class RowLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("rows_weight", "rows_bias", "rows_columns")
     other_param_names = ("rows_index", "rows_column_index")
+    rows_index: Any
+    rows_column_index: Any
     no_columns: str | None = None  # why a layer cannot train columns
 
     def __init__(self, base_layer: nn.Module):
         super().__init__()
-        self.base_layer = base_layer.requires_grad_(False)
+        self.base_layer: Any = base_layer.requires_grad_(False)
         self.rows_weight, self.rows_bias, self.rows_columns = (nn.ParameterDict() for _ in range(3))
         self.rows_index, self.rows_column_index = (BufferDict({}, persistent=True) for _ in range(2))
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+
+    def get_base_layer(self) -> Any:
+        """The frozen layer."""
+        return super().get_base_layer()
 
     @property
     def base_shape(self) -> tuple[int, ...]:
@@ -72,7 +78,9 @@ class RowLayer(nn.Module, BaseTunerLayer):
             ValueError: positions outside the layer, or columns of a layer that cannot train them.
         """
         if columns is not None and self.no_columns:
-            raise ValueError(f"columns of a {type(self.get_base_layer()).__name__} cannot train: {self.no_columns}")
+            raise ValueError(
+                f"columns of a {type(self.get_base_layer()).__name__} cannot train: {self.no_columns}"
+            )
         for name, index, size in (("rows", rows, self.neurons), ("columns", columns, self.inputs)):
             check_index(name, index, size)
         dtype, trains = self._dtype_and_grad(adapter)
@@ -106,8 +114,8 @@ class RowLayer(nn.Module, BaseTunerLayer):
         names = self.adapter_layer_names
         return any(adapter in getattr(self, n) and bool(getattr(self, n)[adapter].any()) for n in names)
 
-    def changes(self, adapter: str) -> tuple[Tensor | None, ...]:
-        """(rows' weight, rows' bias, rows, columns' weight, columns) of an adapter; None for what it has not."""
+    def changes(self, adapter: str) -> tuple[Any, ...]:
+        """(rows' weight, rows' bias, rows, columns' weight, columns); None for what the adapter has not."""
         held = (getattr(self, name) for name in self.adapter_layer_names + self.other_param_names)
         A, a, B, rows, columns = (h[adapter] if adapter in h else None for h in held)
         if B is not None and rows is not None:
@@ -220,6 +228,16 @@ class RowLayer(nn.Module, BaseTunerLayer):
             self.merged_adapters.remove(adapter_name)
             self._unmerge(adapter_name)
         super().delete_adapter(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        device = self.get_base_layer().weight.device if device is None else device
+        for name in self.adapter_layer_names + self.other_param_names:
+            held = getattr(self, name)
+            if adapter_name in held and not held[adapter_name].is_meta:
+                # peft would cast to the weight's type too, and before 0.19 even positions
+                held[adapter_name].data = held[adapter_name].data.to(device)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         for name, size in (("rows_index", self.neurons), ("rows_column_index", self.inputs)):

@@ -18,15 +18,16 @@ class RowLinear(RowLayer):
     """nn.Linear, GPT-2's Conv1D (whose weight is (in, out)) and quantised linear layers.
 
     `live`: the changes are written into the weight before each forward pass, so that it costs one matrix
-    product; the original rows and columns are kept aside. For one adapter on an unquantised base.
+    product; the original rows and columns are kept aside. For one adapter on an unquantised base. Writing to
+    a parameter's `.data` without a backward pass is not noticed; use `copy_` under `torch.no_grad()`.
     """
 
     def __init__(self, base_layer: nn.Module, live: bool = False):
         super().__init__(base_layer)
         self.transposed = type(base_layer).__name__ == "Conv1D"
         self.live = live
-        self._written: dict[str, tuple[tuple[int, int], ...]] = {}  # adapter -> ids and versions of what is in W
-        self._original: tuple[Tensor | None, ...] = ()
+        self._written: dict[str, tuple[tuple[int, int], ...]] = {}  # ids, versions of what W holds
+        self._original: tuple[Any, ...] = ()
         if live and not self._plain:
             raise ValueError(
                 f"kernel='live' writes into the weight, and that of {type(base_layer).__name__} is quantised "
@@ -55,8 +56,8 @@ class RowLinear(RowLayer):
         return weight.t() if self.transposed else weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.live and (self.disable_adapters or not set(self._written) <= set(self.active_adapters)):
-            self.restore()
+        if self.live:
+            return self._forward_live(x, *args, **kwargs)  # type: ignore[reportCallIssue]
         return super().forward(x, *args, **kwargs)
 
     def adapted(self, x: Tensor, active: list[str]) -> Tensor:
@@ -72,7 +73,7 @@ class RowLinear(RowLayer):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         W = self.neuron_first(base.weight)
         y = FrozenWithRows.apply(x, W, base.bias, *self.changes(active[0]), self.live)
-        if self.live and y.requires_grad:  # what comes next is a step, which not every optimizer lets torch see
+        if self.live and y.requires_grad:  # a step comes next, which not every optimizer lets torch see
             y.register_hook(lambda g: self._written.update(dict.fromkeys(self._written, ())))
         for adapter in active[1:]:
             y = self._added(x, y, adapter)
@@ -89,10 +90,18 @@ class RowLinear(RowLayer):
 
     # -- live
 
+    @torch.compiler.disable  # a graph does not see versions
+    def _forward_live(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters or not set(self._written) <= set(self.active_adapters):
+            self.restore()
+        return super().forward(x, *args, **kwargs)
+
     @torch.no_grad()
     def write(self, adapter: str) -> None:
         """Brings the weight up to date with the adapter, if it changed since the last time."""
-        parameters = [getattr(self, n)[adapter] for n in self.adapter_layer_names if adapter in getattr(self, n)]
+        parameters = [
+            getattr(self, n)[adapter] for n in self.adapter_layer_names if adapter in getattr(self, n)
+        ]
         versions = tuple((id(p), p._version) for p in parameters)
         if self._written.get(adapter) == versions:
             return
@@ -101,9 +110,9 @@ class RowLinear(RowLayer):
         W = self.neuron_first(base.weight)
         if not self._written:
             self._original = (
-                None if rows is None else W.index_select(0, rows),
+                None if A is None else W.index_select(0, rows),
                 None if a is None else base.bias.index_select(0, rows),
-                None if columns is None else W.index_select(1, columns),
+                None if B is None else W.index_select(1, columns),
             )
         W_rows, b_rows, W_columns = self._original
         if B is not None:
@@ -201,7 +210,9 @@ class RowEmbedding(RowLayer):
     def __init__(self, base_layer: nn.Module):
         super().__init__(base_layer)
         if base_layer.max_norm is not None:
-            raise ValueError(f"max_norm={base_layer.max_norm} rescales the tokens' rows; exclude {base_layer}")
+            raise ValueError(
+                f"max_norm={base_layer.max_norm} rescales the tokens' rows; exclude {base_layer}"
+            )
 
     def adapted(self, x: Tensor, active: list[str]) -> Tensor:
         y, base = self.base_layer(x), self.get_base_layer()
@@ -217,7 +228,9 @@ class RowEmbedding(RowLayer):
                 delta = F.embedding(slot, A) * trains.unsqueeze(-1)
                 y = y + self._scaled(delta, scale, y.dtype)
             if B is not None:
-                y = AddAt.apply(y, self._scaled(F.embedding(x, B, base.padding_idx), scale, y.dtype), columns, -1)
+                y = AddAt.apply(
+                    y, self._scaled(F.embedding(x, B, base.padding_idx), scale, y.dtype), columns, -1
+                )
         return y
 
     @staticmethod

@@ -101,7 +101,7 @@ def rank_rows(
                 f"scope={scope!r}, loader={loader!r}: RowConfig(dependencies=True) needs scope='layer' and "
                 "a loader, whose first batch is traced; give both, or leave dependencies off"
             )
-        together, loader = _groups(model, loader, layers)
+        together, loader = _groups(model, loader, layers, config.dependencies == "residual")
     with _without_adapters(layers):
         stats = _stats(model, layers, adapter, method, loader, loss, num_classes, progress, bool(together))
         sides = _sides(layers, adapter, stats, method, bool(together))
@@ -266,7 +266,7 @@ def _sides(
 
 
 def _groups(
-    model: Any, loader: Iterable[Any], layers: Mapping[str, RowLayer]
+    model: Any, loader: Iterable[Any], layers: Mapping[str, RowLayer], residual: bool
 ) -> tuple[list[Group], Iterable[Any]]:
     """The dependency groups of the layers, traced with the first batch, and a loader that has it still."""
     with torch.random.fork_rng(devices=[]):  # a shuffling loader draws a seed
@@ -276,7 +276,7 @@ def _groups(
         raise ValueError("loader is empty: no dependency can be traced without an example; give it batches")
     inputs = moved(parts(first)[0], next(model.parameters()).device)
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    found = groups(inner, inputs, modules=set(layers))
+    found = groups(inner, inputs, modules=set(layers), residual=residual)
     return found, chain([first], batches) if batches is loader else loader
 
 

@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from packaging import version
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
 from ..importance import registry as importances
 from ..registry import near
-from .config import ATTENTION, RowConfig, RowsType
+from .config import ATTENTION, RowConfig, RowsType, ends_with
 from .layer import RowLayer, row_layers, update_counts
 from .layers import RowConv, RowLinear, RowNorm, layer_class
 from .ranking import initial_rows
@@ -36,18 +37,20 @@ class RowModel(BaseTuner):
         config = copy.copy(self.peft_config[adapter_name])  # counts are the adapter's, not the user's
         assert isinstance(config, RowConfig)
         self.peft_config[adapter_name] = config
-        _refuse_other_adapters(model)
+        _refuse_other_adapters(model, adapter_name)
         loaded = config.counts is not None
         if not loaded:
             _check_importance(config)
             config.target_modules = _targets(model, config)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layers = dict(row_layers(model))
-        if loaded:
-            missing = sorted(set(config.counts or ()) - set(layers))
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            missing = sorted(set(config.counts or ()) - set(dict(row_layers(model))))
             if missing:
                 raise ValueError(f"the adapter trains rows of {missing[0]!r}, which this model does not have")
-        else:
+        except Exception:  # leave the model as it was, for another try
+            _take_out(model, adapter_name)
+            raise
+        if not loaded:
             update_counts(model, config, adapter_name)
 
     @staticmethod
@@ -68,6 +71,21 @@ class RowModel(BaseTuner):
     ) -> None:
         config: RowConfig = peft_config
         layer = target if isinstance(target, RowLayer) else _wrap(target, current_key, parent, config)
+        for option, value in (
+            ("live", config.kernel == "live"),
+            ("frozen_statistics", config.running_statistics == "frozen"),
+        ):
+            if getattr(layer, option, value) != value:
+                raise ValueError(
+                    f"the adapters of {current_key!r} must share kernel and running_statistics, and "
+                    f"kernel={config.kernel!r}, running_statistics={config.running_statistics!r} differ from "
+                    "those of the first; give the same"
+                )
+        if isinstance(layer, RowLinear) and layer.live and _is_tied(layer.get_base_layer(), self.model):
+            raise ValueError(
+                f"kernel='live' writes into the weight of {current_key!r}, which another layer shares; "
+                "use kernel='additive', or exclude it"
+            )
         rows, columns = _positions(layer, current_key, config)
         layer.choose(adapter_name, rows, columns, train_bias=config.train_bias)
         if layer is not target:
@@ -75,6 +93,24 @@ class RowModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Adds the changes to the base weights; a tied weight that has some becomes the layer's own."""
+        self._untie()
+        super().merge_adapter(*args, **kwargs)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """The base model with the changes in its weights; a tied one that has some becomes its own."""
+        self._untie()
+        return super().merge_and_unload(*args, **kwargs)
+
+    def _untie(self) -> None:
+        for _, layer in row_layers(self.model):
+            base: Any = layer.get_base_layer()
+            if _is_tied(base, self.model):
+                base.weight = nn.Parameter(base.weight.clone(), requires_grad=False)
+                if getattr(getattr(self.model, "config", None), "tie_word_embeddings", False):
+                    self.model.config.tie_word_embeddings = False  # type: ignore[union-attr]
 
     def unload(self) -> nn.Module:
         """The base model without the adapters."""
@@ -103,7 +139,7 @@ class RowModel(BaseTuner):
                 raise ValueError(f"adapter {name!r} is not in the model{near(name, self.peft_config)}")
         if adapter_name in self.peft_config:
             raise ValueError(f"adapter_name={adapter_name!r} is taken; delete that adapter or choose another")
-        config = copy.copy(self.peft_config[adapters[0]])
+        config: Any = copy.copy(self.peft_config[adapters[0]])
         self.peft_config[adapter_name] = config
         for _, layer in row_layers(self.model):
             _combine(layer, adapters, weights, adapter_name)
@@ -115,7 +151,8 @@ def register() -> None:
 
     peft's own function for that refuses names that are not in its enum.
     """
-    from peft import mapping
+    import peft
+    from peft import PeftType, mapping
 
     tables = {
         "PEFT_TYPE_TO_CONFIG_MAPPING": RowConfig,
@@ -124,9 +161,12 @@ def register() -> None:
     }
     for table, value in tables.items():
         getattr(mapping, table)[RowsType.ROWS] = value
+    if version.parse(peft.__version__) < version.parse("0.21") and "ROWS" not in PeftType.__members__:
+        PeftType._member_map_["ROWS"] = RowsType.ROWS  # type: ignore[assignment] - it saves only members
+        PeftType._member_names_.append("ROWS")
 
 
-def _refuse_other_adapters(model: nn.Module) -> None:
+def _refuse_other_adapters(model: nn.Module, adapter_name: str) -> None:
     if isinstance(model, PeftModel):
         raise ValueError(
             "the model is a PeftModel already; add a second adapter with model.add_adapter(name, config), "
@@ -138,6 +178,25 @@ def _refuse_other_adapters(model: nn.Module) -> None:
                 f"{name!r} is a {type(module).__name__} of another adapter method; "
                 "merge_and_unload() or unload() that one first"
             )
+        if isinstance(module, RowLayer) and adapter_name in module._get_available_adapters():
+            raise ValueError(
+                f"{name!r} has an adapter {adapter_name!r} already; choose another name, "
+                "or unload() that one first"
+            )
+
+
+def _take_out(model: nn.Module, adapter: str) -> None:
+    for name, layer in row_layers(model):
+        if layer._get_available_adapters() <= {adapter}:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.get_base_layer())
+        elif adapter in layer._get_available_adapters():
+            layer.delete_adapter(adapter)
+
+
+def _is_tied(layer: nn.Module, model: nn.Module) -> bool:
+    """Whether another module of the model has the same weight, as a language model's head often has."""
+    return sum(m._parameters.get("weight") is layer.weight for m in model.modules()) > 1
 
 
 def _check_importance(config: RowConfig) -> None:
@@ -161,13 +220,13 @@ def _targets(model: nn.Module, config: RowConfig) -> list[str] | str:
     targets = config.target_modules
     if targets in ("all-linear", "all-layers"):
         kinds = (RowLinear,) if targets == "all-linear" else (RowLinear, RowConv, RowNorm)
-        words = getattr(model, "get_output_embeddings", lambda: None)()
+        head = getattr(model, "get_output_embeddings", lambda: None)()
         saved = config.modules_to_save or ()
         found = {
             name
             for name, module in modules.items()
             if layer_class(module) in kinds
-            and module is not words
+            and module is not head
             and not any(f".{name}".endswith(f".{s}") for s in saved)
         }
         targets = sorted(found)
@@ -184,14 +243,22 @@ def _targets(model: nn.Module, config: RowConfig) -> list[str] | str:
                 raise ValueError(f"target_modules: nothing is named {target!r}{near(target, known)}")
             found |= matching
     if not found:
+        words = {"all-linear", "all-layers", *(name.split(".")[-1] for name in modules)}
         raise ValueError(
-            f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}; "
+            f"target_modules={config.target_modules!r} matches no module of {type(model).__name__}"
+            f"{near(str(config.target_modules), words)}; "
             "name modules, or use 'all-linear' or 'all-layers'"
         )
+    for pattern in config.modes if isinstance(config.modes, dict) else ():
+        if not any(ends_with(name, pattern) for name in found):
+            known = {name.split(".")[-1] for name in found}
+            raise ValueError(
+                f"modes: {pattern!r} matches none of the modules that train{near(pattern, known)}"
+            )
     if config.freeze_attention:
         if not any(ATTENTION.fullmatch(name) for name in modules):
             raise ValueError(
-                f"freeze_attention=True, but {type(model).__name__} has no module with attention in its name; "
+                f"freeze_attention=True, but no module of {type(model).__name__} has attention in its name; "
                 "leave it off, or name what to leave out with exclude_modules"
             )
         if all(ATTENTION.fullmatch(name) for name in found):
@@ -251,7 +318,7 @@ def _combine(layer: RowLayer, adapters: Sequence[str], weights: Sequence[float],
     have = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer._get_available_adapters()]
     if not have:
         return
-    union: list[Tensor | None] = []
+    union: list[Any] = []
     for held in (layer.rows_index, layer.rows_column_index):
         indices = [held[a] for a, _ in have if a in held]
         union.append(torch.cat(indices).unique() if indices else None)
