@@ -15,7 +15,7 @@ from serpette.data.scores import Scores
 from serpette.types import Signals
 from serpette.zoo import ZooError
 
-COMMANDS = ["list", "fetch", "score", "select", "run", "report", "bench", "doctor"]
+COMMANDS = ["list", "fetch", "score", "select", "run", "report", "memory", "bench", "doctor"]
 
 
 @pytest.fixture

@@ -286,6 +286,80 @@ def report(run_dir: Positional[Path]) -> None:
 
 
 @app.command
+def memory(
+    *,
+    model: str,
+    tuner: UseAppendAction[tuple[str, ...]] = (),
+    tokens: int = 2048,
+    batch_size: int = 1,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    r: int = 16,
+    fraction: float | None = None,
+    dropout: float = 0.0,
+    freeze_attention: bool = False,
+    checkpointing: bool = False,
+    recompute: bool = False,
+    optimizer: Literal["adamw", "adamw-fused", "adamw-8bit", "sgd", "adafactor"] = "adamw",
+    labels: int | None = None,
+    measure: bool = False,
+    device: Literal["cpu", "cuda"] | None = None,
+    out: Path | None = None,
+) -> None:
+    """Memory of a training step for ways to tune: predicted at the true shapes, without allocating them.
+
+    Example: serpette memory --model llama-2-7b --tuner rows,r=128 --tuner lora,r=64,dropout=0.1
+
+    Args:
+        model: A preset (llama-2-7b, llama-3-8b, llama-2-13b, mistral-7b, bert-base, vit-b), a zoo name, a hub
+            id or a local folder; of the last two only the configuration is read, unless it is measured.
+        tuner: A way to tune: rows, columns, both, lora, dora, full or head; give it again for another.
+            What differs from the options below goes behind it: lora,r=64,dropout=0.1. Default: rows, lora.
+        tokens: Length of the texts; images have the model's size.
+        batch_size: Texts or images in a step.
+        dtype: Of the frozen weights; peft makes adapters in half precision float32.
+        r: Rows or columns of each layer, or the rank of LoRA, DoRA and SHiRA.
+        fraction: Of the rows or columns, in place of r.
+        dropout: Of LoRA and DoRA.
+        freeze_attention: Nothing trains inside attention blocks.
+        checkpointing: Gradient checkpointing of each block.
+        recompute: Norm outputs and products of gated MLPs are computed again in the backward pass.
+        optimizer: Whose states are held; adamw-8bit is that of bitsandbytes.
+        labels: Width of a new head. Default: what the checkpoint was made for.
+        measure: Run the steps with real tensors too, and show them beside the prediction.
+        device: Whose memory is meant, and where it is measured. Default: cuda, or cpu to measure without one.
+        out: Folder for result.json and the chart memory.svg.
+    """
+    from functools import partial
+
+    from . import zoo
+    from .data.sources import open_model
+    from .data.store import write_atomic, write_json
+    from .memory.compare import Setup, compare, opened, parse
+    from .report import memory as reports
+
+    common = Setup("rows", r, fraction, dropout, freeze_attention, checkpointing, recompute, optimizer)
+    setups = [parse(text, common) for text in tuner or ("rows", "lora")]
+    opener = partial(opened, open_model, model, num_labels=labels)
+    result = compare(
+        opener() if model in zoo.models() else model,
+        setups,
+        tokens=tokens,
+        batch_size=batch_size,
+        dtype=dtype,
+        labels=labels,
+        device=device,
+        measure=measure,
+        open_model=opener,
+    )
+    result["model"] = model
+    reports.show(result)
+    if out is not None:
+        write_json(out / "result.json", result)
+        write_atomic(out / "memory.svg", reports.chart(result))
+        print(out / "memory.svg")
+
+
+@app.command
 def bench(
     name: Positional[str] = "",
     show: Annotated[bool, tyro.conf.arg(name="list"), tyro.conf.FlagCreatePairsOff] = False,

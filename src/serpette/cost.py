@@ -184,16 +184,17 @@ def _count(model: nn.Module, inputs: Any, training: bool) -> int:
     try:
         counter = FlopCounterMode(display=False)
         with torch.set_grad_enabled(training), sdpa_kernel(SDPBackend.MATH), counter:
-            output = _call(model, inputs)
+            output = call(model, inputs)
             if training:
-                torch.autograd.grad(_loss(output), parameters, allow_unused=True)
+                torch.autograd.grad(loss_of(output), parameters, allow_unused=True)
         return int(counter.get_total_flops())
     finally:
         for module, mode in modes:
             module.training = mode
 
 
-def _call(model: nn.Module, inputs: Any) -> Any:
+def call(model: nn.Module, inputs: Any) -> Any:
+    """`model` on `inputs`: a dict (keyword arguments), a tuple or list (positional) or one tensor."""
     if isinstance(inputs, Mapping):
         return model(**inputs)
     if isinstance(inputs, (tuple, list)):
@@ -201,7 +202,8 @@ def _call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def _loss(output: Any) -> torch.Tensor:
+def loss_of(output: Any) -> torch.Tensor:
+    """`.loss` of a model's output where there is one, else the sum of the logits or of the output."""
     if getattr(output, "loss", None) is not None:
         return output.loss
     if isinstance(output, torch.Tensor):
