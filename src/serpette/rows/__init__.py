@@ -6,16 +6,9 @@ Importing this package makes the method known to peft, which loading an adapter 
 from .config import RowConfig
 from .export import to_lora
 from .layer import RowLayer
+from .ranking import rank_rows
 from .tuner import RowModel, register
 
 register()
 
 __all__ = ["RowConfig", "RowLayer", "RowModel", "rank_rows", "to_lora"]
-
-
-def __getattr__(name: str) -> object:
-    if name == "rank_rows":
-        from .ranking import rank_rows
-
-        return rank_rows
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
