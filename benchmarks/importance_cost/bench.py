@@ -11,6 +11,7 @@ for the importance beyond parameters and inputs, and bytes of weight gradients.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # timing.py, shared by the benchmarks
 
+import readme
 from timing import Decoded, console, interleaved, run_parts
 
 from serpette import zoo
@@ -167,3 +169,22 @@ def _double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def main(out: Path, args: list[str]) -> None:
     facts = {"batch_size": BATCH, "seed": 0, "hardware": hardware(DEVICE)}
     run_parts("importance_cost", {"cost": cost}, out, args, facts, f"importance_cost-{DEVICE.type}")
+    if "--quick" not in args:
+        found = json.loads((out / "result.json").read_text())["parts"]["cost"]
+        readme.fill(out / "README.md", cost=_table(found))
+
+
+def _table(found: dict[str, Any]) -> str:
+    kind = "processor" if DEVICE.type == "cpu" else "clock"
+    lines = []
+    for name, row in found.items():
+        ratio = "{median:.2f} ({least:.2f} to {most:.2f})".format(**row["activations_over_weights"][kind])
+        parts = ("kept_bytes_from_activations", "kept_bytes_from_weights", "gradient_bytes_from_weights")
+        memory = (f"{row[part] / 2**20:.0f}" for part in parts)
+        same = f"{row['difference_float64']:.1e} ({row['difference_float32']:.1e})"
+        lines.append((name, ratio, *memory, same))
+    head = (
+        "model", "time, activations / weights", "kept for backward, activations", "kept, weights",
+        "weight gradients on top", "greatest difference, float64 (float32)",
+    )  # fmt: skip
+    return readme.table(head, lines)

@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # timing.py, shared by the benchmarks
 
+import readme
 from timing import console, run_parts
 
 from serpette import zoo
@@ -171,36 +172,50 @@ PARTS = {"llama": llama, "small": small, "cuda": cuda}
 
 
 def main(out: Path, args: list[str]) -> None:
-    if "--report" in args:
-        report(json.loads((out / "result.json").read_text()))
-        return
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    facts = {"seed": 0, "paper": "SPSFT, Tables 6 and 7 (LoRA's dropout 0.1)", "hardware": hardware(device)}
-    run_parts("spsft_memory", PARTS, out, args, facts)
+    if "--report" not in args:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        facts = {
+            "seed": 0,
+            "paper": "SPSFT, Tables 6 and 7 (LoRA's dropout 0.1)",
+            "hardware": hardware(device),
+        }
+        run_parts("spsft_memory", PARTS, out, args, facts)
+    if "--quick" not in args:
+        tables(out / "README.md", json.loads((out / "result.json").read_text())["parts"])
 
 
-def report(result: dict[str, Any]) -> None:
-    """The tables of the README, as Markdown."""
-    parts = result["parts"]
+def tables(file: Path, parts: dict[str, Any]) -> None:
+    """Fills the README's tables."""
+    shapes, models = [], []
     for name in EXACT:
-        if name not in parts.get("llama", {}):
-            continue
-        print(f"\n| {name} | trains, M | activations | peak over weights | lower bound | paper, GB |")
-        print("|---|---|---|---|---|---|")
-        for text, row in parts["llama"][name]["rows"].items():
-            if "not_predicted" in row:
-                print(f"| {text} | | | not predicted | | {row.get('paper_gb') or ''} |")
-                continue
-            bound = row["lower_bound_over_weights_gib"]
-            print(
-                f"| {text} | {row['parameters'] / 1e6:.1f} | {row['activations'] / GIB:.2f} "
-                f"| {row['over_weights_gib']:.2f} | {f'{bound:.2f}' if bound else ''} "
-                f"| {row['paper_gb'] or ''} |"
+        head = (name, "trains, M", "activations", "peak over weights", "frozen + trained", "paper, GB")
+        rows = parts["llama"].get(name, {}).get("rows", {})
+        shapes.append(readme.table(head, [_predicted_line(text, row) for text, row in rows.items()]))
+    for name, case in parts["small"].items():
+        head = (name, "trains, M", "saved, MiB", "peak over weights, MiB")
+        lines = [
+            (
+                text,
+                f"{row['parameters'] / 1e6:.2f}",
+                f"{row['saved_bytes'] / 2**20:.1f}",
+                f"{(row['peak'] - row['weights']) / 2**20:.1f}",
             )
-    for name, case in parts.get("small", {}).items():
-        print(f"\n| {name} | trains, M | saved, MiB | peak over weights, MiB |\n|---|---|---|---|")
-        for text, row in case["rows"].items():
-            over = (row["peak"] - row["weights"]) / 2**20
-            print(
-                f"| {text} | {row['parameters'] / 1e6:.2f} | {row['saved_bytes'] / 2**20:.1f} | {over:.1f} |"
-            )
+            for text, row in case["rows"].items()
+        ]
+        models.append(readme.table(head, lines))
+    readme.fill(file, llama="\n\n".join(shapes), small="\n\n".join(models))
+
+
+def _predicted_line(text: str, row: dict[str, Any]) -> tuple[str, ...]:
+    paper = str(row.get("paper_gb") or "")
+    if "not_predicted" in row:
+        return text, "", "", "not predicted", "", paper
+    bound = row["lower_bound_over_weights_gib"]
+    return (
+        text,
+        f"{row['parameters'] / 1e6:.1f}",
+        f"{row['activations'] / GIB:.2f}",
+        f"{row['over_weights_gib']:.2f}",
+        f"{bound:.2f}" if bound else "",
+        paper,
+    )
