@@ -109,7 +109,7 @@ def test_refusals(vit):
         trainable(net, net[2], "lora")
     for method in ("lora", "rows"):
         net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-        with pytest.raises(ValueError, match="no module with attention in its name"):
+        with pytest.raises(ValueError, match="has attention in its name"):
             trainable(net, net[1], method, rank=1, freeze_attention=True)
     with pytest.raises(ValueError, match="r=1000 is more than"):
         tuned(vit, "rows", rank=1000)

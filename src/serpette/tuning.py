@@ -111,7 +111,7 @@ def _attention(model: nn.Module) -> str:
 
     if not any(ATTENTION.fullmatch(name) for name, _ in model.named_modules()):
         raise ValueError(
-            f"freeze_attention=True, but {type(model).__name__} has no module with attention in its name; "
+            f"freeze_attention=True, but no module of {type(model).__name__} has attention in its name; "
             "leave it off, or name what gets the adapter with target_modules"
         )
     return ATTENTION.pattern
