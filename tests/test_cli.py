@@ -85,7 +85,13 @@ def test_help_and_version_are_quick():
 
 @pytest.mark.parametrize(
     "kind, name",
-    [("scorers", "dlc"), ("selectors", "flex_rand"), ("models", "vit-s"), ("datasets", "digits")],
+    [
+        ("scorers", "dlc"),
+        ("selectors", "flex_rand"),
+        ("importances", "taylor"),
+        ("models", "vit-s"),
+        ("datasets", "digits"),
+    ],
 )
 def test_list(serpette, kind, name):
     code, out, _ = serpette("list", kind)

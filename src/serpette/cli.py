@@ -29,7 +29,7 @@ app = tyro.extras.SubcommandApp()
 
 @app.command(name="list")
 def list_(
-    kind: Positional[Literal["scorers", "selectors", "models", "datasets"]],
+    kind: Positional[Literal["scorers", "selectors", "importances", "models", "datasets"]],
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Names that the other commands understand, one a line.
@@ -46,9 +46,10 @@ def list_(
         about = {name: _about(entry) for name, entry in dict(getattr(zoo, kind)()).items()}
     else:
         from .data.selectors import registry as selectors
+        from .importance import registry as importances
         from .scorers import registry as scorers
 
-        registry = scorers if kind == "scorers" else selectors
+        registry = {"scorers": scorers, "selectors": selectors, "importances": importances}[kind]
         about = {name: _about(cls) for name, cls in registry.items()}
     print(
         json.dumps([{"name": n, "about": a} for n, a in about.items()], indent=1)
