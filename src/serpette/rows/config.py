@@ -35,7 +35,7 @@ class RowConfig(PeftConfig):
             understands it) or `"all-layers"` (convolutions and norms too).
         exclude_modules: names or a regular expression of modules to leave out.
         freeze_attention: leave out everything inside attention blocks: a step of Llama-2-7B then holds 9 %
-            less over the weights (`benchmarks/spsft_memory`), at about the same accuracy in the paper's Table 9.
+            less over the weights (`benchmarks/spsft_memory`), with about the same accuracy in Table 9.
         modes: `"rows"` (the paper), `"columns"` (inputs instead of outputs: saves only the selected inputs
             for the backward pass) or `"both"`; or {pattern: mode}, where the first pattern that matches
             the end of a module's name counts and the others train rows.
