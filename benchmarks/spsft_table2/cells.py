@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import adapters
-import tasks
 import torch
+from classifiers import BATCH, SEEDS, SIZE, TEST, data, head_of, new_model, predict, tune
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
-from transformers.modeling_outputs import SequenceClassifierOutput
 
-from serpette import zoo
-from serpette.data.examples import Examples
 from serpette.data.store import write_json
 from serpette.evaluate import accuracy_by_class
 from serpette.rows import rank_rows
 from serpette.tuning import trainable
 
-SIZE, SEEDS, EPOCHS, BATCH = 500, 5, 4, 16
+EPOCHS = 4
 FRACTION = 0.05  # of the rows; with dependencies of the groups, which then train about as many weights
 RANKED = 256  # training examples that an importance sees
 RATES = {
@@ -38,18 +31,17 @@ RATES = {
 
 @dataclass(frozen=True)
 class Setting:
-    """`rank`: of the LoRA that trains about as many weights as the rows; `test`, `size`: examples."""
+    """`rank`: of the LoRA that trains about as many weights as the rows; `size`: training examples."""
 
     rank: int
-    test: int
     size: int = SIZE
     targets: str | tuple[str, ...] = "all-linear"
 
 
 SETTINGS = {
-    "fashion-vit": Setting(rank=12, test=1500),
-    "movies-minilm": Setting(rank=12, test=1000),
-    "fashion-effnet": Setting(rank=8, test=1000, size=320, targets="all-layers"),
+    "fashion-vit": Setting(rank=12),
+    "movies-minilm": Setting(rank=12),
+    "fashion-effnet": Setting(rank=8, size=320, targets="all-layers"),
 }
 BASELINES = ("full", "head", "lora", "lora_dropout")
 METHODS = ("random", "magnitude", "taylor")  # with 2 or 10 classes QMTaylor is Taylor exactly
@@ -63,7 +55,7 @@ FACTS = {
         "fashion-vit": "the last 4 of 8 blocks, 56 px", "movies-minilm": "the last 3 of 6 layers",
         "fashion-effnet": "all convolutions and norms, 64 px, frozen running statistics",
     },
-    "test": {name: s.test for name, s in SETTINGS.items()},
+    "test": TEST,
     "rank": {name: s.rank for name, s in SETTINGS.items()},
     "learning_rate": "of the head by head-only tuning, of each family's other weights beside it, by the "
     "validation loss of an extra seed, half of whose examples train",
@@ -88,88 +80,15 @@ def family(arm: str) -> str:
     return arm.split("/")[0].split("_")[0]
 
 
-class Classifier(nn.Module):
-    """`adapters.Upper` in the manners of transformers: the loss beside the logits."""
-
-    def __init__(self, upper: nn.Module):
-        super().__init__()
-        self.upper = upper
-
-    def forward(self, labels: Tensor | None = None, **inputs: Tensor) -> SequenceClassifierOutput:
-        logits = self.upper(**inputs).float()
-        loss = None if labels is None else cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
-
-
-def new_model(name: str, seed: int) -> nn.Module:
-    """The pre-trained layers and a new head, in evaluation mode: no dropout but LoRA's own."""
-    torch.manual_seed(seed)
-    if name == "fashion-effnet":
-        model: Any = zoo.load_model("efficientnet-lite0", **tasks.LITE)
-        head = model.classifier
-    else:
-        model = Classifier(adapters.upper(name))
-        head = model.upper.classifier
-    nn.init.normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
-    return model.float().eval()
-
-
-def head_of(model: Any) -> nn.Module:
-    """The layer that trains whole in every arm."""
-    return model.upper.classifier if isinstance(model, Classifier) else model.classifier
-
-
-@dataclass
-class Pixels:
-    """(N, 3, H, W) images, indexed as `adapters.Activations` are."""
-
-    values: Tensor
-
-    def __getitem__(self, rows: Tensor) -> Pixels:
-        return Pixels(self.values[rows])
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-    def inputs(self) -> dict[str, Tensor]:
-        return {"pixel_values": self.values}
-
-
-@functools.lru_cache(maxsize=2)
-def _pixels(seeds: int) -> tuple[dict[int, int], Pixels, Pixels, Tensor]:
-    pool = tasks.features("fashion-effnet")
-    order = sorted({int(r) for s in range(seeds) for r in tasks.draw(pool, "clean", s, size=SIZE).rows})
-    processor = zoo.load_processor("efficientnet-lite0", image_size=tasks.LITE["image_size"])
-    train = zoo.load_dataset("fashion-mnist", "train", limit=len(pool.ids)).select(order)
-    test = zoo.load_dataset("fashion-mnist", "test", limit=SETTINGS["fashion-effnet"].test)
-    read = [Examples(d, processing_class=processor).read(range(len(d)))[1:3] for d in (train, test)]
-    place = {row: i for i, row in enumerate(order)}
-    return (
-        place,
-        Pixels(read[0][0]["pixel_values"]),
-        Pixels(read[1][0]["pixel_values"]),
-        torch.tensor(read[1][1]),
-    )
-
-
-def data(name: str, seed: int) -> tuple[Any, Tensor, Any, Tensor]:
+def task(name: str, seed: int) -> tuple[Any, Tensor, Any, Tensor]:
     """(training examples, labels, test examples, labels) of a seed."""
-    drawn = tasks.draw(tasks.features(name), "clean", seed, size=SIZE)
-    if name == "fashion-effnet":
-        place, train, test, test_labels = _pixels(SEEDS + 1)
-    else:
-        place, train, test, test_labels = adapters.activations(
-            name, ("clean", "wrong_labels"), SEEDS + 1, SIZE
-        )
-    labels = drawn.signals.labels
-    assert labels is not None
-    rows = torch.tensor([place[int(row)] for row in drawn.rows])
-    mixed = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    mixed = mixed[: _small.get("size", SETTINGS[name].size)]
-    wanted = _small.get("test", SETTINGS[name].test)
-    few = torch.arange(0, len(test), max(1, len(test) // wanted))[:wanted]  # texts lie in order of length
-    return train[rows[mixed]], labels[mixed], test[few], test_labels[few]
+    setting = SETTINGS[name]
+    return data(name, seed, _small.get("size", setting.size), _small.get("test", TEST[name]))
+
+
+def epochs() -> int:
+    """Passes over the training examples."""
+    return _small.get("epochs", EPOCHS)
 
 
 def adapt(name: str, arm: str, seed: int, examples: Any, labels: Tensor) -> tuple[nn.Module, float]:
@@ -209,51 +128,6 @@ def adapt(name: str, arm: str, seed: int, examples: Any, labels: Tensor) -> tupl
     return model, time.process_time() - cpu
 
 
-def precision(name: str) -> ExitStack:
-    """bfloat16 where it is faster here; plain attention is, on so few tokens."""
-    stack = ExitStack()
-    stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-    if name != "fashion-effnet":
-        stack.enter_context(torch.autocast("cpu", torch.bfloat16))
-    return stack
-
-
-def tune(
-    model: nn.Module, name: str, examples: Any, labels: Tensor, seed: int, head_rate: float, rate: float
-) -> None:
-    """AdamW without decay; the head has its own learning rate, and both fall linearly to 0."""
-    epochs = _small.get("epochs", EPOCHS)
-    for part, module in model.named_modules():
-        module.train("lora_dropout" in part)  # the encoders' own dropout stays off
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for n, p in trained if ("classifier" in n) == is_head], "rate": its}
-        for is_head, its in ((True, head_rate), (False, rate))
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], weight_decay=0.0, fused=True)
-    steps, step = epochs * -(-len(examples) // BATCH), 0
-    generator = torch.Generator().manual_seed(seed)
-    torch.manual_seed(seed)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(examples), generator=generator).split(BATCH):
-            for group in optimizer.param_groups:
-                group["lr"] = group["rate"] * (1 - step / steps)
-            with precision(name):
-                loss = model(**examples[rows].inputs(), labels=labels[rows]).loss
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            step += 1
-    model.eval()
-
-
-def predict(model: nn.Module, name: str, examples: Any) -> Tensor:
-    """(M, C) logits."""
-    with torch.inference_mode(), precision(name):
-        parts = [model(**examples[r].inputs()).logits for r in torch.arange(len(examples)).split(100)]
-    return torch.cat(parts).float()
-
-
 def rate_file(folder: Path, name: str) -> Path:
     """Where the learning rates of a set lie."""
     return folder / f"rates-{name}.json"
@@ -266,7 +140,7 @@ def choose_rates(name: str, folder: Path) -> dict[str, float]:
     for kind, rates in RATES.items():
         if kind in found:
             continue
-        examples, labels, _, _ = data(name, SEEDS)
+        examples, labels, _, _ = task(name, SEEDS)
         half = len(labels) // 2
         train, held = torch.arange(half), torch.arange(half, len(labels))
         losses = {}
@@ -274,7 +148,7 @@ def choose_rates(name: str, folder: Path) -> dict[str, float]:
             arm = "rows/magnitude" if kind == "rows" else kind
             model, _ = adapt(name, arm, SEEDS, examples[train], labels[train])
             head_rate = found["head"]["learning_rate"] if found else rate
-            tune(model, name, examples[train], labels[train], SEEDS, head_rate, rate)
+            tune(model, name, examples[train], labels[train], SEEDS, head_rate, rate, epochs())
             losses[rate] = float(cross_entropy(predict(model, name, examples[held]), labels[held]))
         found[kind] = {
             "learning_rate": min(losses, key=lambda r: losses[r]),
@@ -297,13 +171,13 @@ def run(name: str, seed: int, folder: Path, wanted: tuple[str, ...]) -> None:
     if all(arm in done for arm in wanted):
         return
     rates = choose_rates(name, folder)
-    examples, labels, test, test_labels = data(name, seed)
+    examples, labels, test, test_labels = task(name, seed)
     for arm in wanted:
         if arm in done:
             continue
         model, ranking = adapt(name, arm, seed, examples, labels)
         cpu = time.process_time()
-        tune(model, name, examples, labels, seed, rates["head"], rates[family(arm)])
+        tune(model, name, examples, labels, seed, rates["head"], rates[family(arm)], epochs())
         cpu = time.process_time() - cpu
         logits = predict(model, name, test)
         by_class = accuracy_by_class(logits, test_labels, int(labels.max()) + 1)

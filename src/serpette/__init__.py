@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from .recipe import Recipe
     from .rows import RowConfig, rank_rows, to_lora
     from .types import Scorer, Selector, Signals
+    from .weights import PruneConfig, Pruner, attach, prune, shrink
 
 _HOMES = {
     "DataPruner": ".data.pruner",
     "DynamicPruning": ".data.dynamic",
     "FineTune": ".data.proxy",
     "Probe": ".data.proxy",
+    "PruneConfig": ".weights",
+    "Pruner": ".weights",
     "Recipe": ".recipe",
     "RowConfig": ".rows",
     "ScoreWhileTraining": ".data.while_training",
@@ -34,13 +37,16 @@ _HOMES = {
     "Selection": ".data.pruner",
     "Selector": ".types",
     "Signals": ".types",
+    "attach": ".weights",
     "observe": ".data.observe",
+    "prune": ".weights",
     "rank_rows": ".rows",
     "run": ".pipeline",
     "score": ".data.pruner",
     "scorers": ".scorers",
     "select": ".data.pruner",
     "selectors": ".data.selectors",
+    "shrink": ".weights",
     "to_lora": ".rows",
     "zoo": ".zoo",
 }

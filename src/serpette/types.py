@@ -286,6 +286,69 @@ class Importance(Protocol):
     def __call__(self, stats: NeuronStats) -> Tensor: ...
 
 
+@dataclass
+class LayerStats:
+    """What is known of one layer's weights: O outputs, I inputs (of a convolution: of its patch), LoRA rank r.
+
+    A field that was not asked for is None. Importances and gradients at weights that are cut already mean
+    nothing.
+
+    Args:
+        name: of the module; the same from run to run.
+        weight: gives (O, I) float32 or wider, what the layer computes with, zero where it is cut: W0 + s B A,
+            or (sequential) W0 + s W0 B A, or the plain weight of a layer without LoRA.
+        base: gives W0 (O, I); None in a layer without LoRA.
+        A, B, grad_A, grad_B: LoRA factors (r, I) and (O, r), in a sequential LoRA (r, I) and (I, r), and dL/dA
+            and dL/dB, float32 or wider, without loss scale.
+        scale: s of the LoRA.
+        sequential: the LoRA stands before W0, not beside it.
+        gradient: dL/dW (O, I) float32 or wider, of the unmasked product.
+        input_norms: (I,) float64, L2 norm of each input over all tokens seen.
+        hessian: (I, I) float64 or float32, 2 X^T X over all tokens seen.
+        state: tensors that the importance keeps of this layer between steps; saved and restored with it.
+    """
+
+    name: str
+    weight: Callable[[], Tensor]
+    base: Callable[[], Tensor] | None = None
+    A: Tensor | None = None
+    B: Tensor | None = None
+    grad_A: Tensor | None = None
+    grad_B: Tensor | None = None
+    scale: float = 1.0
+    sequential: bool = False
+    gradient: Tensor | None = None
+    input_norms: Tensor | None = None
+    hessian: Tensor | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)
+
+    def require(self, field: str, importance: str) -> Any:
+        """The field, or a ValueError that says who misses it."""
+        value = getattr(self, field)
+        if value is None:
+            raise ValueError(
+                f"importance {importance!r} needs {field!r} of layer {self.name!r}, which it has not"
+            )
+        return value
+
+
+@runtime_checkable
+class WeightImportance(Protocol):
+    """Importance of each single weight of a layer. Higher = keep.
+
+    `weight_needs` names what must be known, of `"lora"` (A, B and their gradients), `"gradient"`,
+    `"input_norms"` and `"hessian"`; empty = the weights alone. `averaged`: its values are averaged over the
+    steps before they are used; otherwise it is asked when weights are cut. An importance with
+    `update(stats)` is given the layer at each scoring step and keeps what it learns in `stats.state`.
+    """
+
+    name: str
+    weight_needs: frozenset[str]
+    averaged: bool
+
+    def of_weights(self, stats: LayerStats) -> Tensor: ...
+
+
 def uniform_of(ids: np.ndarray, seed: int) -> Tensor:
     """(N,) float64 in [0, 1), a fixed pseudo-random number for each id and seed, whatever the order."""
     from hashlib import blake2b

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from serpette.importance import QMTaylor, Random, Taylor, Wanda, registry
+from serpette.importance import LoraPrune, QMTaylor, Random, Taylor, Wanda, neurons, registry, weights
 from serpette.types import Importance, NeuronStats
 
 FIELDS = ("contribution", "elementwise", "input_norms")
@@ -26,10 +26,14 @@ def make_stats(n=6, f=4, classes=3, labelled=True, seed=0) -> NeuronStats:
 
 
 def test_every_importance_is_found():
-    assert set(registry) >= {"magnitude", "taylor", "taylor_elementwise", "qm_taylor", "random", "wanda"}
+    both = {"magnitude", "taylor", "random", "wanda"}
+    assert set(neurons) >= both | {"taylor_elementwise", "qm_taylor"}
+    of_weights = both | {"lora_prune", "lora_prune_seq", "original_gradient", "movement", "soft_movement"}
+    assert set(weights) >= of_weights | {"pst", "obs"}
+    assert set(registry) == {*neurons, *weights} and both <= {*neurons} & {*weights}
 
 
-@pytest.mark.parametrize("name", sorted(registry))
+@pytest.mark.parametrize("name", sorted(neurons))
 def test_contract(name):
     """One finite number a neuron, from what it declares alone, whatever the neuron's place."""
     method, stats = registry[name](), make_stats()
@@ -138,5 +142,18 @@ def test_wanda_with_norms_for_all_or_for_each_neuron():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="unknown importance 'tailor'; did you mean 'taylor'"):
-        registry["tailor"]
+    for methods in (registry, neurons, weights):
+        with pytest.raises(ValueError, match="unknown importance 'tailor'; did you mean 'taylor'"):
+            methods["tailor"]
+
+
+def test_an_importance_of_the_other_kind_is_refused():
+    for method in ("lora_prune", LoraPrune()):
+        with pytest.raises(ValueError, match="'lora_prune' is not one of neurons; those are magnitude, qm_t"):
+            neurons.make(method)
+    for method in ("qm_taylor", QMTaylor()):
+        with pytest.raises(
+            ValueError, match="'qm_taylor' is not one of single weights; those are lora_prune, "
+        ):
+            weights.make(method)
+    assert isinstance(neurons.make(Taylor()), Taylor) and isinstance(weights.make("taylor"), Taylor)

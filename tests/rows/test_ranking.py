@@ -4,7 +4,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from serpette.importance import QMTaylor, registry
+from serpette.importance import LoraPrune, QMTaylor, neurons
 from serpette.rows import RowConfig
 from serpette.rows.neurons import neuron_stats
 from serpette.rows.ranking import initial_rows, rank_rows, top
@@ -70,13 +70,13 @@ def test_initial_rows():
     assert not torch.equal(one, other) and not torch.equal(one, named)
 
 
-@pytest.mark.parametrize("importance", sorted(registry))
+@pytest.mark.parametrize("importance", sorted(neurons))
 def test_rows_are_those_of_the_importance_of_the_bare_model(importance):
     model = adapted(modes={"up": "both", "down": "columns"})
     torch.manual_seed(0)
     net = Net()
     modules = {name: getattr(net, name) for name in ("tokens", "up", "down", "norm")}
-    method = registry.make(importance)
+    method = neurons.make(importance)
     stats = observe_neurons(
         net, data(), modules, method.needs or {"input_norms"}, loss=cross_entropy, columns={"up", "down"}
     )
@@ -182,7 +182,7 @@ def test_a_second_adapter_and_a_trained_one_beside_it():
     torch.manual_seed(0)
     net = Net()
     (stats,) = observe_neurons(net, data(), {"up": net.up}, {"contribution"}, loss=cross_entropy).values()
-    assert chosen(model, adapter="other")["up"] == top(registry["taylor"]()(stats), 3).tolist()
+    assert chosen(model, adapter="other")["up"] == top(neurons["taylor"]()(stats), 3).tolist()
     assert model.get_base_model().up.trained("default") and len(chosen(model)["up"]) == 2
 
 
@@ -206,7 +206,7 @@ def test_dependent_rows_and_columns_are_summed_and_chosen_together(importance, o
     stats = observe_neurons(
         net, loader, modules, {"contribution"}, loss=cross_entropy, columns={"0", "2", "4"}
     )
-    method = registry.make(importance)
+    method = neurons.make(importance)
     rows = {name: method(stats[name]) for name in modules}
     columns = {name: method(stats[name].columns) for name in "024"}
     hidden, normed = rows["0"] + columns["2"], rows["2"] + rows["3"] + columns["4"]
@@ -247,6 +247,8 @@ def test_dependencies_need_a_loader_and_scope_layer(given):
     "given, message",
     [
         ({"importance": "tailor"}, "unknown importance 'tailor'; did you mean 'taylor'"),
+        ({"importance": "lora_prune"}, "'lora_prune' is not one of neurons; those are magnitude, qm_taylor"),
+        ({"importance": LoraPrune()}, "'lora_prune' is not one of neurons; those are magnitude, qm_taylor"),
         (
             {"importance": "taylor"},
             r"importance 'taylor' needs data; give rank_rows\(model, loader, 'taylor'\)",

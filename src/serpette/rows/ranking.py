@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..importance import registry
+from ..importance import neurons
 from ..registry import near
 from ..types import Importance, NeuronStats
 from .dependencies import Group, Side, chosen, group_scores, groups
@@ -79,8 +79,8 @@ def rank_rows(
     if scope not in ("layer", "global"):
         raise ValueError(f"scope={scope!r} must be 'layer' or 'global'")
     if importance == "random":
-        importance = registry.make("random", seed=config.seed if seed is None else seed)
-    method: Importance = registry.make(importance)
+        importance = neurons.make("random", seed=config.seed if seed is None else seed)
+    method: Importance = neurons.make(importance)
     if method.needs and loader is None:
         raise ValueError(
             f"importance {method.name!r} needs data; give rank_rows(model, loader, {method.name!r}), or use "
@@ -131,7 +131,7 @@ def initial_rows(
     stats = neuron_stats(name, module, columns)
     side = stats.columns if columns else stats
     assert side is not None
-    method = registry.make(importance, **({"seed": seed} if importance == "random" else {}))
+    method = neurons.make(importance, **({"seed": seed} if importance == "random" else {}))
     return top(method(side), count, None if columns else getattr(module, "padding_idx", None))
 
 

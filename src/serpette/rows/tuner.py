@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from ..importance import registry as importances
+from ..importance import neurons
 from ..registry import near
 from .config import ATTENTION, RowConfig, RowsType, ends_with
 from .layer import RowLayer, row_layers, update_counts
@@ -200,7 +200,7 @@ def _is_tied(layer: nn.Module, model: nn.Module) -> bool:
 
 
 def _check_importance(config: RowConfig) -> None:
-    importance = importances.make(config.importance)
+    importance = neurons.make(config.importance)
     if importance.needs:
         raise ValueError(
             f"importance={config.importance!r} needs data, which get_peft_model has not; "
