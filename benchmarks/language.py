@@ -21,7 +21,7 @@ from serpette.evaluate import paired_over_seeds, seeds_interval
 from serpette.tuning import trainable
 from serpette.weights import PruneConfig, attach, prune
 
-TOKENS, BATCH, STEPS, TEST, RATE = 64, 4, 24, 64, 5e-4
+TOKENS, BATCH, STEPS, TEST, RATE = 64, 4, 20, 64, 5e-4
 ARMS = (
     "lora",
     *(f"structured/{m}@{s}" for s in (0.2, 0.5) for m in ("lora_prune", "map_lora", "rap", "taylor_once")),

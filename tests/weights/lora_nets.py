@@ -68,7 +68,9 @@ def net(dtype=torch.float64):
 def lora(model, trained=False, targets=ALL, **options):
     """`model` with LoRA; `trained`: with B that is not zero."""
     torch.manual_seed(1)
-    made = get_peft_model(model, LoraConfig(**({"r": 3, "lora_alpha": 5, "target_modules": targets} | options)))
+    made = get_peft_model(
+        model, LoraConfig(**({"r": 3, "lora_alpha": 5, "target_modules": targets} | options))
+    )
     if trained:
         for name, p in made.named_parameters():
             if "lora_B" in name:

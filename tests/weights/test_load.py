@@ -111,11 +111,12 @@ def test_a_family_whose_configuration_has_no_width_of_heads(tmp_path):
     config = CLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=8)
     model = scramble(CLIPVisionModelWithProjection(config)).eval()
     groups = find_groups(model)
-    model = masked(model, {g.name: list(range(1 if g.kind == "heads" else 32)) for g in groups})
+    model = masked(model, {g.name: list(range(2 if g.kind == "heads" else 32)) for g in groups})
     small = shrink(model)
     assert not small.shrunk["stock"]
     assert (small.config.num_attention_heads, small.config.intermediate_size) == (4, 32)
-    assert find_groups(small, "attention")[0].units == 3
+    assert "head_dim" not in small.config.to_dict()
+    assert find_groups(small, "attention")[0].units == 2
     save_shrunk(small, tmp_path)
     with torch.no_grad():
         first, second = (m(IMAGES).image_embeds for m in (load(tmp_path), model))

@@ -175,7 +175,13 @@ def test_whole_rows_and_columns_have_the_exact_gradient_in_each_mode(mask_grad):
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"stride": 2}, {"padding": 1}, {"dilation": 2}, {"stride": 2, "padding": (1, 0), "dilation": (2, 1)}],
+    [
+        {},
+        {"stride": 2},
+        {"padding": 1},
+        {"dilation": 2},
+        {"stride": 2, "padding": (1, 0), "dilation": (2, 1)},
+    ],
 )
 def test_convolution(how):
     torch.manual_seed(0)

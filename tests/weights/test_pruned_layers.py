@@ -30,7 +30,8 @@ def test_targets_and_exclude(make):
     assert names(make(), "attention") == wanted(*ORDER[:4])
     assert names(make(), "ffn") == wanted("fc1", "fc2")
     assert names(make(), "ffn", ["fc1"]) == wanted("fc2")
-    assert names(make(), "both", ["blocks.0.*", "*v_proj"]) == wanted("q_proj", "o_proj", "k_proj", "fc1", "fc2", blocks=(1,))  # fmt: skip
+    left = wanted("q_proj", "o_proj", "k_proj", "fc1", "fc2", blocks=(1,))
+    assert names(make(), "both", ["blocks.0.*", "*v_proj"]) == left
 
 
 def test_only_layers_with_lora_where_there_is_any():
@@ -43,6 +44,13 @@ def test_the_head_of_a_language_model_stays():
     model = get_peft_model(tiny("llama"), LoraConfig(r=2, target_modules=["lm_head", "up_proj"]))
     assert names(model) == [f"model.layers.{i}.mlp.up_proj" for i in (0, 1)]
     assert not any("lm_head" in name or "embed" in name for name in names(tiny("llama")))
+
+
+def test_the_head_of_a_classifier_stays_also_with_lora():
+    everywhere = lora_net(targets="all-linear")
+    assert hasattr(everywhere.base_model.model.head, "lora_A")
+    assert names(everywhere) == wanted(*ORDER)
+    assert names(lora_net(targets=["head"])) == ["head"]  # it alone was asked for
 
 
 def test_the_last_linear_layer_of_a_model_without_blocks_stays():
@@ -97,7 +105,10 @@ def conv(**how):
 
 
 REFUSED = {
-    "dropout": (lambda: lora_net(lora_dropout=0.1), r"lora_dropout=0.1 of 'blocks.0.self_attn.q_proj' must be 0"),
+    "dropout": (
+        lambda: lora_net(lora_dropout=0.1),
+        r"lora_dropout=0.1 of 'blocks.0.self_attn.q_proj' must be 0",
+    ),
     "DoRA": (lambda: lora_net(use_dora=True), "blocks.0.self_attn.q_proj' is a LoRA variant .*[Dd]o[Rr][Aa]"),
     "two adapters": (second_adapter, "has 2 active adapters; activate one"),
     "frozen": (frozen, r"are frozen \(12 of 12 layers\)"),
@@ -107,7 +118,7 @@ REFUSED = {
     "LoRA's bias": (lambda: lora_net(lora_bias=True), "has a bias"),
     "same padding": (lambda: conv(padding="same"), "the convolution '0' has padding='same'"),
     "reflected": (lambda: conv(padding=1, padding_mode="reflect"), "'0'.* padding_mode='reflect'"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -142,7 +153,7 @@ def test_a_pattern_that_does_not_fit_names_the_layer():
 
 def test_lora_is_needed():
     for name in ("lora_prune", "lora_prune_seq"):
-        with pytest.raises(ValueError, match=f"importance '{name}' needs LoRA, and Net has none; peft.get_peft"):
+        with pytest.raises(ValueError, match=f"'{name}' needs LoRA, and Net has none; peft.get_peft_model"):
             attach(net(), PruneConfig(name), 20)
     with pytest.raises(ValueError, match="'obs' prunes at once"):
         attach(net(), PruneConfig("obs"), 20)
@@ -172,7 +183,7 @@ def test_inputs_of_a_convolution_are_its_patches(how):
     x = torch.randn(2, 3, 9, 8)
     out = conv(x)
     X = unfold(x, (3, 2), how.get("dilation", 1), how.get("padding", 0), how.get("stride", 1)).mT
-    torch.testing.assert_close((X @ layer.weight().T).mT.reshape(out.shape), out)  # in the order of the weight
+    torch.testing.assert_close((X @ layer.weight().T).mT.reshape(out.shape), out)  # in its order
     X = X.reshape(-1, 18)
     torch.testing.assert_close(layer.products, X.T @ X)
     torch.testing.assert_close(layer.stats({"input_norms"}).input_norms, X.double().norm(dim=0))

@@ -136,9 +136,7 @@ def test_a_merged_one_cannot_be_unmerged():
         (lambda: lora_net(lora_dropout=0.1), r"lora_dropout=0.1 of .*must be 0"),
         (lambda: net(), "no LoRA layer"),
         (
-            lambda: get_peft_model(
-                nn.Sequential(nn.Conv2d(2, 2, 3)), LoraConfig(r=2, target_modules=["0"])
-            ),
+            lambda: get_peft_model(nn.Sequential(nn.Conv2d(2, 2, 3)), LoraConfig(r=2, target_modules=["0"])),
             "is a convolution",
         ),
     ],

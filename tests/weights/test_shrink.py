@@ -290,3 +290,11 @@ def test_needed_units():
     model = masked(FAMILIES["bert"](), {"bert.encoder.layer.0.channels": [3, 5]})
     group = find_groups(model, "ffn")[0]
     assert (~needed_units(model, group)).nonzero().flatten().tolist() == [3, 5]
+
+
+def test_a_head_of_which_one_channel_is_read_is_needed():
+    model = FAMILIES["llama"]()
+    group = find_groups(model, "attention")[0]
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight[:, 1:] = 0
+    assert needed_units(model, group).tolist() == [True, False]

@@ -3,24 +3,22 @@
     h = W^b x,  y = W^a h:  row i of b makes what column i of a reads: scored and trained together.
 
 "An Efficient Row-Based Sparse Fine-Tuning", Section 4.3 and Appendix B. The graph is torch-pruning's
-`DependencyGraph` (Fang et al. 2023, arXiv 2301.12900), of which only the traced nodes are used.
-Differs: its closure over lists of indices does not end in useful time on attention with rotary embeddings
-and grouped KV heads, so the channels that meet are joined here, and their indices follow from the sizes.
-Norms are members, and a group's score counts them. The residual stream is left out unless asked for.
+(`serpette.tracing`); the indices of channels that meet follow from the sizes. Differs: norms are members, and
+a group's score counts them. The residual stream is left out unless asked for.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Side = Literal["rows", "columns"]
+from ..tracing import Side, is_layer, trace, traceable, wires
+
 NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)
 
 
@@ -83,16 +81,11 @@ def groups(
         >>> [[(m.module, m.side) for m in group.members] for group in groups(model, torch.zeros(1, 4))]
         [[('0', 'rows'), ('2', 'columns')], [('2', 'rows')]]
     """
-    with _traceable(model):
+    with traceable(model):
         graph, names = _trace(model, example_inputs)
-        wires: dict[Any, list[tuple[Any, Side]]] = defaultdict(list)
-        root = _joined(graph)
-        for node in graph.values():
-            for port, side in _ports(node):
-                wires[root(port)].append((node, side))
         order = {name: i for i, (name, _) in enumerate(model.named_modules())}
         found = []
-        for ends in wires.values():
+        for ends in wires(graph):
             named: list[tuple[str, Any, Side]] = [
                 (names[node.module], node, side) for node, side in ends if node.module in names
             ]
@@ -145,67 +138,9 @@ def chosen(groups: Sequence[Group], picks: Sequence[Tensor]) -> dict[tuple[str, 
     return {key: torch.cat(parts).unique() for key, parts in found.items()}
 
 
-@contextmanager
-def _traceable(model: nn.Module) -> Iterator[None]:
-    """Inside: base layers in the place of peft's, all parameters require grad; afterwards as before."""
-    training = [(module, module.training) for module in model.modules()]
-    hooks = [(module, dict(module._forward_hooks)) for module in model.modules()]
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.dtype.is_floating_point]
-    wrapped = []
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            base = getattr(child, "base_layer", None) or getattr(child, "original_module", None)
-            if isinstance(base, nn.Module):
-                wrapped.append((parent, name, child))
-                parent._modules[name] = base
-    try:
-        model.eval()
-        for p in frozen:
-            p.requires_grad_(True)
-        with torch.enable_grad():
-            yield
-    finally:
-        for parent, name, child in wrapped:
-            parent._modules[name] = child
-        for p in frozen:
-            p.requires_grad_(False)
-        for module, mode in training:
-            module.training = mode
-        for module, before in hooks:
-            for key in set(module._forward_hooks) - set(before):
-                del module._forward_hooks[key]
-
-
 def _trace(model: nn.Module, example_inputs: Any) -> tuple[dict[Any, Any], dict[Any, str]]:
     """torch-pruning's nodes of each module or operation, and the names of those that can be members."""
-    try:
-        import torch_pruning
-    except ImportError as error:
-        raise ValueError("dependencies need torch-pruning: pip install 'serpette[prune]'") from error
-
-    def forward(model: nn.Module, inputs: Any) -> Any:
-        if isinstance(inputs, Tensor):
-            return model(inputs)
-        if hasattr(inputs, "items"):
-            return model(**{name: value for name, value in inputs.items() if name != "labels"})
-        return model(*inputs)
-
-    def outputs(out: Any) -> list[Tensor]:
-        values = [out] if isinstance(out, Tensor) else list(out.values() if hasattr(out, "values") else out)
-        return [v for v in values if isinstance(v, Tensor) and v.grad_fn is not None]
-
-    try:
-        graph = (
-            torch_pruning.DependencyGraph()
-            .build_dependency(model, example_inputs, forward, outputs, verbose=False)
-            .module2node
-        )
-    except Exception as error:
-        raise ValueError(
-            f"{type(model).__name__} cannot be traced with these example_inputs "
-            f"({type(error).__name__}: {error}); "
-            "give what its forward takes, on its device, or rank without dependencies"
-        ) from error
+    graph = trace(model, example_inputs, ", or rank without dependencies")
     names: dict[Any, str] = {module: name for name, module in model.named_modules()}
     for name, p in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
@@ -231,40 +166,11 @@ def _operation(node: Any) -> str:
     return node.grad_fn.name().removesuffix("0").removesuffix("Backward") if node.grad_fn is not None else ""
 
 
-def _is_layer(module: Any) -> bool:
-    """Whether its outputs are other channels than its inputs."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return not module.groups == module.in_channels == module.out_channels > 1
-    return isinstance(module, nn.Linear)
-
-
-def _ports(node: Any) -> list[tuple[Any, Side]]:
-    """Where channels meet at a node: its outputs and inputs apart for a layer, together for all else."""
-    if _is_layer(node.module):
-        return [((node, "out"), "rows"), ((node, "in"), "columns")]
-    return [((node, "both"), "columns" if isinstance(node.module, nn.Embedding) else "rows")]
-
-
-def _joined(graph: Mapping[Any, Any]):
-    """Union-find over the ports: what is connected carries the same channels."""
-    parent: dict[Any, Any] = {}
-
-    def root(port):
-        while (above := parent.get(port, port)) != port:
-            parent[port] = port = parent.get(above, above)
-        return port
-
-    for node in graph.values():
-        for after in node.outputs:
-            parent[root(_ports(after)[-1][0])] = root(_ports(node)[0][0])
-    return root
-
-
 def _feeds_itself(ends: Sequence[tuple[Any, Side]]) -> bool:
     """Whether a layer that reads these channels leads to one that writes them: a residual stream."""
-    writers = {node for node, side in ends if side == "rows" and _is_layer(node.module)}
+    writers = {node for node, side in ends if side == "rows" and is_layer(node.module)}
     waiting = [
-        after for node, side in ends if side == "columns" and _is_layer(node.module) for after in node.outputs
+        after for node, side in ends if side == "columns" and is_layer(node.module) for after in node.outputs
     ]
     seen = set()
     while waiting:
@@ -298,7 +204,7 @@ def _members(
     ]
     if not layers:
         return []
-    writers = [(name, module) for name, module, side in layers if _is_layer(module) and side == "rows"]
+    writers = [(name, module) for name, module, side in layers if is_layer(module) and side == "rows"]
     width = (
         max(_size(module, "rows") for _, module in writers) if writers else _size(layers[0][1], layers[0][2])
     )
@@ -321,7 +227,7 @@ def _members(
             index = wide
         elif size == narrow:
             index = slim
-        elif size < width and not _is_layer(module) and not isinstance(module, nn.Embedding):
+        elif size < width and not is_layer(module) and not isinstance(module, nn.Embedding):
             continue  # a norm that heads share
         elif side == "columns" and size % width == 0 and concatenated != _flattens(ends):
             part = torch.arange(size // width)
@@ -352,7 +258,7 @@ def _flattens(ends: Sequence[tuple[str, Any, Side]]) -> bool:
     return all(
         isinstance(n.module, nn.modules.conv._ConvNd)
         for _, n, s in ends
-        if s == "rows" and _is_layer(n.module)
+        if s == "rows" and is_layer(n.module)
     )
 
 

@@ -113,8 +113,8 @@ def _dynamic_shapes(inputs: Any) -> Any:
         sizes = tensor.shape[: 1 + _has_length(tensor)]
         if not sizes or min(sizes) < 2:
             raise ValueError(
-                f"example_inputs: {name!r} has shape {tuple(tensor.shape)}, but a dynamic file is traced with "
-                "two examples or more, of two tokens or more; give such, or dynamic=False"
+                f"example_inputs: {name!r} has shape {tuple(tensor.shape)}, but a dynamic file is traced "
+                "with two examples or more, of two tokens or more; give such, or dynamic=False"
             )
         shapes.append({0: batch, 1: length} if _has_length(tensor) else {0: batch})
     return dict(zip(inputs, shapes, strict=True)) if isinstance(inputs, Mapping) else tuple(shapes)
@@ -142,9 +142,8 @@ def _difference(model: nn.Module, session: Any, inputs: Any, tolerance: float) -
     names = list(inputs) if isinstance(inputs, Mapping) else [i.name for i in session.get_inputs()]
     found = session.run(None, dict(zip(names, arrays, strict=True)))
     largest = 0.0
-    for output, value, array in zip(
-        session.get_outputs(), tree_leaves(call(model, inputs)), found, strict=True
-    ):
+    expectations = tree_leaves(call(model, inputs))
+    for output, value, array in zip(session.get_outputs(), expectations, found, strict=True):
         expected, got = value.double().cpu(), torch.from_numpy(array).double()
         off = (expected - got).abs() / expected.abs().max().clamp(min=1)
         worst = int(off.argmax())
@@ -208,8 +207,8 @@ def semi_structured(model: nn.Module, example_inputs: Any, repeats: int = 20) ->
     """Converts, in place, the 2:4 linear layers of a model that this makes faster on this GPU.
 
     Each layer is timed by itself on the inputs that it gets from `example_inputs`, dense and sparse in turns.
-    It stays dense unless the interval of the ratio of its times lies below 1. A converted layer runs, but does
-    not train and is not written by `save_pretrained`: save before.
+    It stays dense unless the interval of the ratio of its times lies below 1. A converted layer runs, but
+    does not train and is not written by `save_pretrained`: save before.
 
     Args:
         model: on a CUDA device, in float16 or bfloat16, pruned with `pattern="2:4"`.
@@ -240,10 +239,14 @@ def semi_structured(model: nn.Module, example_inputs: Any, repeats: int = 20) ->
             "model.cuda(), on a GPU of compute capability 8.0 or newer"
         )
     inputs: dict[str, Tensor] = {}
-    hooks = [
-        linear.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].detach()}))
-        for name, linear in ready.items()
-    ]
+
+    def keep_input(name: str):
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            inputs[name] = args[0].detach()
+
+        return hook
+
+    hooks = [linear.register_forward_pre_hook(keep_input(name)) for name, linear in ready.items()]
     try:
         with _evaluation_without_cache(model), torch.no_grad():
             call(model, example_inputs)

@@ -29,7 +29,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-Side = Literal["rows", "columns"]
+from ..tracing import Side
+
 Kind = Literal["heads", "channels"]
 Targets = Literal["both", "attention", "ffn"]
 

@@ -238,8 +238,8 @@ def pruned_layers(
 ) -> list[PrunedLayer]:
     """The layers of `model` that are pruned, in its order: those with LoRA, or without LoRA the plain ones.
 
-    Plain ones are linear layers and convolutions inside blocks (any `nn.ModuleList`), or where there are no
-    blocks all but the last linear layer. Embeddings, heads, norms and biases are never pruned.
+    Where some are inside blocks (any `nn.ModuleList`), only those; else LoRA layers wherever they are, or all
+    plain ones but the last linear layer. Embeddings, heads, norms and biases are never pruned.
 
     Args:
         targets: `"attention"`, `"ffn"` (what is not attention) or `"both"`.
@@ -254,6 +254,9 @@ def pruned_layers(
         head = _head(model)
         found = [(layer.name, model.get_submodule(layer.name)) for layer in lora_layers(model)]
         found = [(name, m) for name, m in found if m.get_base_layer() is not head]  # type: ignore[operator]
+        blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+        inside = {id(m) for block in blocks for m in block.modules()}
+        found = [(name, m) for name, m in found if id(m) in inside] or found
         for name, module in found:
             _check_lora(plain_name(name), module)
     else:

@@ -61,8 +61,9 @@ def sizes_of(tensors: Mapping[str, Tensor] | nn.Module) -> Sizes:
     Sizes(dense_bytes=256, packed_bytes=40)
     """
     once, _ = _untied(tensors)
-    dense = {name: t.numel() * t.element_size() for name, t in once.items()}
-    return Sizes(sum(dense.values()), sum(min(dense[n], _packed_bytes(t)) for n, t in once.items()))
+    return Sizes(
+        sum(t.numel() * t.element_size() for t in once.values()), sum(map(_packed_bytes, once.values()))
+    )
 
 
 def save_packed(tensors: Mapping[str, Tensor] | nn.Module, path: str | Path) -> Sizes:
@@ -156,8 +157,9 @@ def _untied(tensors: Mapping[str, Tensor] | nn.Module) -> tuple[dict[str, Tensor
     return once, tied
 
 
-def _packed_bytes(tensor: Tensor) -> float:
+def _packed_bytes(tensor: Tensor) -> int:
+    dense = tensor.numel() * tensor.element_size()
     if tensor.element_size() not in BITS or tensor.is_complex() or not tensor.dim():
-        return float("inf")
+        return dense
     nonzero = int(torch.count_nonzero(tensor.contiguous().view(BITS[tensor.element_size()])))
-    return -(-tensor.numel() // 8) + nonzero * tensor.element_size()
+    return min(dense, -(-tensor.numel() // 8) + nonzero * tensor.element_size())

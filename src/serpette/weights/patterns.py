@@ -141,7 +141,7 @@ class Unstructured:
     """
 
     def __init__(self, scope: Scope = "layer"):
-        self.scope = _known_scope(scope, ("layer", "global", "row"))
+        self.scope: Scope = _known_scope(scope, ("layer", "global", "row"))
 
     def check(self, sparsity: float, shapes: Mapping[str, Sequence[int]]) -> None:
         """ValueError for a sparsity outside [0, 1)."""
@@ -184,7 +184,8 @@ class NM:
     def __init__(self, n: int, m: int, scope: Scope = "layer"):
         if not 0 < n < m:
             raise ValueError(f"pattern {n}:{m} must have 0 < n < m: n of each m weights stay, as in '2:4'")
-        self.n, self.m, self.scope = n, m, _known_scope(scope, ("layer", "global"))
+        self.n, self.m = n, m
+        self.scope: Scope = _known_scope(scope, ("layer", "global"))
 
     def check(self, sparsity: float, shapes: Mapping[str, Sequence[int]]) -> None:
         """ValueError when the final sparsity is not 1 - n/m, or m does not divide a layer's inputs."""

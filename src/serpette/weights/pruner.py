@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +146,8 @@ class Pruner(TrainerCallback):
         self._layers = {layer.name: layer for layer in layers}
         if config.shrink and any(layer.lora and layer.masked.sequential for layer in layers):
             raise ValueError(
-                "shrink=True needs a parallel LoRA: W0 B of a sequential one changes with the inputs that leave; "
-                "leave shrink off, and shrink the merged model"
+                "shrink=True needs a parallel LoRA: W0 B of a sequential one changes with the inputs that "
+                "leave; leave shrink off, and shrink the merged model"
             )
         if self._units is None:
             pattern_of(config.pattern).check(config.sparsity, {layer.name: layer.shape for layer in layers})
@@ -179,6 +179,7 @@ class Pruner(TrainerCallback):
                 known[plain_name(name)] = PrunedLayer(name, module, self.config.mask_grad)
         mine = {plain_name(name) for name in named}
         return Units(
+            model,
             groups,
             {n: layer for n, layer in known.items() if n in mine},
             self.config.round_to,
@@ -203,6 +204,9 @@ class Pruner(TrainerCallback):
         scale = 1.0
         if scaler is not None and scaler.is_enabled():
             scale = float(scaler.get_scale())
+            optimizer = self._optimizer if optimizer is None else optimizer
+            if optimizer is None:
+                raise ValueError("the scaler needs its optimizer, too: step(optimizer, scaler)")
             try:
                 scaler.unscale_(optimizer)
             except RuntimeError:
@@ -317,15 +321,11 @@ class Pruner(TrainerCallback):
                 assert stats is not None
                 layer.remove(layer.cut | ~self.method.keeps(stats))
             return
-        by_row = getattr(self.method, "per_row", False) and self.config.pattern == "unstructured"
-        whole = self.config.scope == "global"
-        pattern = (
-            Unstructured("row")
-            if by_row and not whole
-            else pattern_of(self.config.pattern, self.config.scope)
-        )
+        kind, scope = self.config.pattern, self.config.scope
+        by_row = getattr(self.method, "per_row", False) and (kind, scope) == ("unstructured", "layer")
+        pattern = Unstructured("row") if by_row else pattern_of(kind, scope)
         names = list(self._layers)
-        for part in [names] if whole else [[name] for name in names]:
+        for part in [names] if scope == "global" else [[name] for name in names]:
             values = self._values(part)
             cuts = pattern(values, {name: self._layers[name].cut for name in values}, sparsity)
             for name, cut in cuts.items():
@@ -434,6 +434,11 @@ class Pruner(TrainerCallback):
                 raise ValueError(
                     f"Pruner does not work under {engine}, which keeps weights in parts; use DDP"
                 )
+        if self.config.shrink and args.world_size > 1:
+            raise ValueError(
+                "shrink=True needs a single process, since DDP goes by the shapes that the parameters had at "
+                "first; leave shrink off, and shrink afterwards"
+            )
         if state.global_step and self.config.shrink:
             raise ValueError(
                 "a training with shrink=True cannot be resumed; start it afresh, or shrink afterwards"

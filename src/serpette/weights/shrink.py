@@ -210,6 +210,8 @@ def update_config(
             config: Any = _config(model, group)
             if group.kind == "heads":
                 changes = _head_changes(model, group, None)
+                if changes.get("num_attention_heads") == getattr(config, "num_attention_heads", None):
+                    changes = {}
             elif hasattr(config, "intermediate_size"):
                 changes = {"intermediate_size": units}
             elif ratio := getattr(config, "mlp_ratio", None):
@@ -379,7 +381,11 @@ def _cut(layer: nn.Module, side: Side, index: Tensor, state: Mapping[Any, Any]) 
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.numel() > 1:
                 state[parameter][key] = value.index_select(dim, index.to(value.device))
         parameter.grad = None
-        parameter.data = parameter.data.index_select(dim, index.to(parameter.device))
+        data = parameter.data.index_select(dim, index.to(parameter.device))
+        # While a loss of before is held, its graph is, too, and with it the shape of the gradient that
+        # autograd expects for this parameter; another type makes autograd forget it.
+        parameter.data = data.to(torch.float16 if data.dtype != torch.float16 else torch.float32)
+        parameter.data = data
     base: Any = base_layer(layer)
     if isinstance(base, BATCH_NORMS):
         for name in ("running_mean", "running_var"):

@@ -19,7 +19,7 @@ from ..types import LayerStats
 from .groups import Group, Member, find_groups
 from .layers import PrunedLayer, plain_name
 from .patterns import count_of, lowest
-from .shrink import slice_
+from .shrink import possible_units, slice_
 
 
 class Units:
@@ -28,17 +28,26 @@ class Units:
     Args:
         groups: of `find_groups`.
         layers: the model's layers by their plain name, of those that the groups name.
-        round_to: channels that stay are a multiple of it; attention keeps one head at least.
+        round_to: channels that stay are a multiple of it; one head at least stays. In the scope `"layer"`
+            both are also a number that the model's configuration can say.
         scope: `"layer"`: as many units go in each group, so that groups of one size keep one size;
             `"global"`: the least important of all groups of a kind go first.
     """
 
-    def __init__(self, groups: Sequence[Group], layers: Mapping[str, PrunedLayer], round_to: int, scope: str):
-        self.groups, self.layers, self.round_to, self.scope = list(groups), layers, round_to, scope
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Sequence[Group],
+        layers: Mapping[str, PrunedLayer],
+        round_to: int = 8,
+        scope: str = "layer",
+    ):
+        self.groups, self.layers, self.scope = list(groups), layers, scope
         self.cut = {g.name: torch.zeros(g.units, dtype=torch.bool) for g in groups}
         self._whole = list(groups)  # as they were before any unit left the model
         self._shapes = {name: layer.shape for name, layer in layers.items()}
         self._left = {g.name: torch.arange(g.units) for g in groups}
+        self._possible = {g.name: possible_units(model, g, round_to, scope == "global") for g in groups}
 
     def sums(self, importances: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(units,) float64 of each group: the `importances` (O, I) of its members' weights, of those given.
@@ -63,7 +72,8 @@ class Units:
     def choose(self, sums: Mapping[str, Tensor], sparsity: float) -> bool:
         """Marks the units that go at `sparsity`, those of the lowest sums; True if there are new ones.
 
-        What was cut before stays so. Of the units that ever were, the share that stays is rounded up.
+        What was cut before stays so. Of the units that there were at first the share that stays is rounded
+        up.
         """
         before = sum(int(cut.sum()) for cut in self.cut.values())
         ready = {n: v.masked_fill(self.cut[n], -torch.inf).float() for n, v in sums.items()}
@@ -71,16 +81,13 @@ class Units:
             whole = sum(len(self._left[g.name]) for g in alike), sum(self._units(g) for g in alike)
             count = max(0, count_of(sparsity, whole[1]) - (whole[1] - whole[0]))
             for group, going in zip(alike, lowest([ready[g.name] for g in alike], count), strict=True):
-                kept = self._kept(group, group.units - int(going.sum()))
+                wanted = group.units - int(going.sum())
+                kept = next(n for n in (*self._possible[group.name], group.units) if n >= wanted)
                 self.cut[group.name] |= lowest([ready[group.name]], group.units - kept)[0]
         return sum(int(cut.sum()) for cut in self.cut.values()) > before
 
     def _units(self, group: Group) -> int:
         return next(g.units for g in self._whole if g.name == group.name)
-
-    def _kept(self, group: Group, kept: int) -> int:
-        step = self.round_to if group.kind == "channels" else 1
-        return min(group.units, max(1, -(-kept // step)) * step)
 
     def apply(self) -> None:
         """Removes the marked units from the layers."""
