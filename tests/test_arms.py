@@ -76,6 +76,33 @@ def test_controls_of_arms_that_are_tuned_otherwise():
     assert names(lora, [lora, whole_rows]) == [] and names(whole_rows, [lora, whole_rows]) == ["lora"]
 
 
+def test_controls_of_arms_whose_weights_are_pruned():
+    def cut(name, importance="lora_prune", sparsity=0.5, **more):
+        prune = {"importance": importance, "sparsity": sparsity, "pattern": "2:4", "targets": "both"}
+        return arm(name, select=None, keep=1.0, method="lora", tune={}) | {"prune": prune} | more
+
+    full = arm("full", select=None, keep=1.0, method="lora", tune={}, prune=None)
+    dlc = arm("dlc", "dlc", method="lora", tune={}, prune=None)
+    chance, magnitude, taylor = (
+        cut("random", "random"),
+        cut("magnitude", "magnitude"),
+        cut("taylor", "taylor"),
+    )
+    other = cut("random 90", "random", 0.9)
+    both = cut("both", scorer="dlc", select="top_hard", keep=0.5)
+    alone = cut("alone", tune={"method": "full"})
+    arms = [other, chance, magnitude, full, dlc, taylor, both, alone]
+
+    def names(which):
+        return [a["name"] for a in controls(which, arms)]
+
+    assert names(full) == [] and names(dlc) == ["full"], "no arm is compared with one that is cut"
+    assert names(taylor) == ["full", "random", "magnitude"] and names(magnitude) == ["full", "random"]
+    assert names(chance) == names(other) == ["full"]
+    assert names(both) == ["dlc", "full"], "the same examples first"
+    assert names(alone) == ["full"], "none is tuned alike"
+
+
 def test_seeds_of_arms_that_are_tuned_otherwise():
     parts = [part(s, 0.8, 0.7) for s in range(3)]
     for seed, one in enumerate(parts):

@@ -15,7 +15,9 @@ from serpette.data.scores import Scores
 from serpette.types import Signals
 from serpette.zoo import ZooError
 
-COMMANDS = ["list", "fetch", "score", "select", "run", "report", "memory", "bench", "doctor"]
+COMMANDS = [
+    "list", "fetch", "score", "select", "run", "report", "prune", "shrink", "memory", "bench", "doctor",
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -89,6 +91,8 @@ def test_help_and_version_are_quick():
         ("scorers", "dlc"),
         ("selectors", "flex_rand"),
         ("importances", "taylor"),
+        ("neuron-importances", "qm_taylor"),
+        ("weight-importances", "lora_prune"),
         ("models", "vit-s"),
         ("datasets", "digits"),
     ],
@@ -347,3 +351,38 @@ def test_doctor_names_a_torchvision_that_does_not_import(monkeypatch):
     monkeypatch.setattr(doctor.importlib, "import_module", broken)
     (finding,) = doctor._torchvision()
     assert finding.state == "warning" and "nms does not exist" in finding.found
+
+
+def test_overrides_of_the_pruning(serpette, recipe, module):
+    ran = []
+    module("pipeline", run=lambda job: ran.append(job) or "report")
+    recipe.write_text(recipe.read_text() + "prune: {sparsity: 0.3}\n")
+    code, _, err = serpette("run", recipe, "--prune.sparsity", "0.7", "--prune.importance", "magnitude")
+    assert code == 0, err
+    assert (ran[0].prune.sparsity, ran[0].prune.importance) == (0.7, "magnitude")
+    code, _, err = serpette("run", recipe, "--prune.sparsity", "7")
+    assert code == 2 and "prune.sparsity=7.0" in err
+
+
+def test_prune_is_a_recipe(serpette, module, tmp_path):
+    ran = []
+
+    def run(job):
+        ran.append(job)
+        (job.folder / "arms" / "01-pruned" / "model").mkdir(parents=True)
+        return job.folder / "report.html"
+
+    module("pipeline", run=run)
+    options = ["prune", "--model", "m", "--dataset", "digits", "--sparsity", "0.4", "--out", tmp_path / "out"]
+    code, out, err = serpette(*options, "--pattern", "structured", "--shrink", "--compare", "--rank", "4")
+    assert code == 0, err
+    assert "01-pruned/model" in out and "report.html" in out
+    (job,) = ran
+    assert [job.prune_of(arm) is None for arm in job.arms] == [True, False]
+    assert job.prune.shrink and job.prune.sparsity == 0.4 and job.tune.rank == 4 and job.tune.alpha == 8
+    for wrong, said in (
+        (["--sparsity", "40"], "did you mean 0.4"),
+        (["--shrink"], "means nothing to pattern"),
+    ):
+        code, _, err = serpette(*options, *wrong)
+        assert code == 2 and said in err

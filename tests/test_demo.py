@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.zoo
+@pytest.mark.filterwarnings("ignore:a training of 2 steps")  # so few images
 def test_the_demo_recipe_on_few_images(tmp_path):
     for name in ("vit-s", "fashion-mnist"):
         if not zoo.is_cached(name):
@@ -33,8 +34,13 @@ def test_the_demo_recipe_on_few_images(tmp_path):
         ("random", 18),
         ("dlc", 18),
         ("herding", 18),
+        ("data and weights", 18),
     ]
+    small_one = result["arms"][-1]["weights"]
+    assert small_one["sparsity"] == 0.5 and small_one["stock"]
+    assert small_one["after"]["parameters"] < 0.6 * small_one["before"]["parameters"]
     assert len(result["data"]["classes"]) == 10
     assert all(kept >= 1 for arm in result["arms"] for kept in arm["kept_by_class"])
     page = report.read_text(encoding="utf-8")
+    assert "The weights, before and after" in page and "cut 50" in page
     assert "Ankle boot" in page and page.count("data:image/png;base64,") >= 20

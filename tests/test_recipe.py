@@ -5,7 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from serpette.recipe import ArmSpec, DataSpec, ModelSpec, Recipe, check, check_task, dump, load, to_dict
+from serpette.recipe import (
+    ArmSpec,
+    DataSpec,
+    ModelSpec,
+    PruneSpec,
+    Recipe,
+    check,
+    check_task,
+    dump,
+    load,
+    to_dict,
+)
 
 TINY = """
 name: tiny
@@ -55,7 +66,12 @@ def test_the_demo_is_what_the_readme_says():
         (None, "random", 0.3),
         ("dlc", "flex_rand", 0.3),
         ("herding", "top_hard", 0.3),
+        ("dlc", "flex_rand", 0.3),
     ]
+    first, last = recipe.arms[0], recipe.arms[-1]
+    prune = recipe.prune_of(last)
+    assert prune is not None and (prune.pattern, prune.sparsity, prune.shrink) == ("structured", 0.5, True)
+    assert recipe.prune_of(first) is None and recipe.tune_of(first) == recipe.tune_of(last)
     assert {a.per_class for a in recipe.arms[1:]} == {True}
 
 
@@ -123,7 +139,8 @@ def test_no_arms():
 
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
-TASKS = {"minilm_regression": "regression", "smollm2_instruct": "causal-lm"}
+CAUSAL = {"smollm2_instruct": "causal-lm", "smollm2_prune": "causal-lm"}
+TASKS = {"minilm_regression": "regression", **CAUSAL}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -136,6 +153,14 @@ def test_every_recipe_of_the_folder(path):
         assert recipe.arms[0].name == "full" and all(arm.select is None for arm in recipe.arms)
         assert set(methods) == {"full", "head", "lora", "dora", "shira", "rows"} and recipe.seeds >= 5
         assert {recipe.tune_of(arm).dropout for arm in recipe.arms} == {0, 0.1}
+        return
+    if path.stem.endswith("_prune"):  # each cut has its control, random or magnitude, and the unpruned arm
+        assert recipe.arms[0] == ArmSpec("lora") and recipe.seeds >= (2 if path.stem in CAUSAL else 5)
+        cuts = [recipe.prune_of(arm) for arm in recipe.arms[1:]]
+        assert all(recipe.tune_of(arm) == recipe.tune for arm in recipe.arms) and None not in cuts
+        assert {c.pattern for c in cuts if c} == {"unstructured", "structured"}
+        controls = {(c.pattern, c.sparsity) for c in cuts if c and c.importance in ("random", "magnitude")}
+        assert ("unstructured", 0.5) in controls
         return
     assert recipe.arms[0] == ArmSpec("full")
     for arm in recipe.arms[1:]:  # each has its control: a random choice of the same share
@@ -285,3 +310,62 @@ def test_an_importance_of_classes_needs_classes(file, task):
     with pytest.raises(ValueError, match=f"arms.0.tune.importance='qm_taylor' needs classes.* {task}"):
         check_task(dataclasses.replace(recipe, arms=recipe.arms[:1]), task)
     check_task(recipe, "classification")
+
+
+def test_an_arm_changes_the_pruning(file):
+    text = TINY + "prune: {sparsity: 0.3, importance: magnitude, exclude: [fc2]}"
+    text = text.replace("{name: full}", "{name: full, prune: {sparsity: 0}}")
+    recipe = load(file(text.replace("keep: 0.3}", "keep: 0.3, prune: {pattern: structured, shrink: true}}")))
+    assert recipe.prune_of(recipe.arms[0]) is None, "none is cut at 0"
+    cut = recipe.prune_of(recipe.arms[1])
+    assert cut is not None and (cut.sparsity, cut.importance, cut.exclude) == (0.3, "magnitude", ("fc2",))
+    assert (cut.pattern, cut.shrink, cut.export) == ("structured", True, ("safetensors",))
+    assert load(file(dump(recipe))) == recipe
+    plain = load(file(TINY.replace("keep: 0.3}", "keep: 0.3, prune: {}}")))
+    assert plain.prune is None and plain.prune_of(plain.arms[0]) is None
+    assert plain.prune_of(plain.arms[1]) == PruneSpec()
+
+
+@pytest.mark.parametrize(
+    "cut, tune, said",
+    [
+        ("sparsity: 50", "", ["arms.1.prune: sparsity=50.0", "[0, 1)", "did you mean 0.5"]),
+        ("sparsity: -0.1", "", ["sparsity=-0.1", "[0, 1)"]),
+        ("sparsty: 0.5", "", ["unknown key arms.1.prune.sparsty", "'sparsity'"]),
+        ("sparsity: half", "", ["arms.1.prune.sparsity='half'", "a number"]),
+        ("pattern: structred", "", ["pattern 'structred'", "'structured'"]),
+        ("pattern: '2:4', sparsity: 0.3", "", ["arms.1.prune", "0.5", "2:4"]),
+        ("pattern: '4:2'", "", ["arms.1.prune", "4:2"]),
+        ("importance: lora_prun", "", ["arms.1.prune", "'lora_prun'", "'lora_prune'"]),
+        ("importance: qm_taylor", "", ["importance 'qm_taylor'", "single weights", "magnitude"]),
+        ("importance: obs", "", ["importance='obs'", "one shot"]),
+        ("importance_options: {a: 1}", "", ["'lora_prune' has no option 'a'"]),
+        ("schedule: cubical", "", ["'cubical'", "'cubic'"]),
+        ("start: 0.8", "", ["start=0.8 and end=0.3"]),
+        ("scope: row", "", ["scope='row'", "'layer' or 'global'"]),
+        ("mask_grad: none", "", ["mask_grad='none'", "'ste'"]),
+        ("every_k: 0", "", ["every_k=0", "at least 1"]),
+        ("average: 1", "", ["average=1.0", "[0, 1)"]),
+        ("round_to: 16", "", ["round_to=16 means nothing to pattern='unstructured'", "'structured'"]),
+        ("shrink: true", "", ["shrink=True means nothing to pattern='unstructured'"]),
+        ("pattern: structured, ragged: true", "", ["ragged=True needs shrink: true"]),
+        ("export: [onx]", "", ["arms.1.prune.export.0='onx'", "'onnx'"]),
+        ("export: [packed, packed]", "", ["export=", "a name twice"]),
+        ("sparsity: 0.5", "method: rows", ["arms.1.prune", "method='rows'", "'lora'"]),
+        ("sparsity: 0.5", "method: dora", ["arms.1.prune", "method='dora'", "'lora'"]),
+        ("sparsity: 0.5", "dropout: 0.1", ["arms.1.prune", "dropout=0.1 must be 0"]),
+        ("sparsity: 0.5", "method: full", ["importance='lora_prune'", "method='full'", "magnitude"]),
+    ],
+)
+def test_bad_settings_of_the_pruning(file, cut, tune, said):
+    text = TINY.replace("keep: 0.3}", f"keep: 0.3, prune: {{{cut}}}}}") + f"tune: {{{tune}}}"
+    with pytest.raises(ValueError) as error:
+        load(file(text))
+    for words in ["tiny.yaml", *said]:
+        assert words in str(error.value)
+
+
+def test_what_trains_whole_may_be_pruned_by_magnitude(file):
+    text = TINY.replace("keep: 0.3}", "keep: 0.3, prune: {importance: magnitude}}") + "tune: {method: full}"
+    recipe = load(file(text))
+    assert recipe.prune_of(recipe.arms[1]) == PruneSpec("magnitude")

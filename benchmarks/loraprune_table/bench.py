@@ -30,7 +30,7 @@ METHODS = (
     "map", "mvp", "rap", "map_lora", "pst", "lora_prune", "lora_prune_exact", "lora_prune_seq",
     "original_gradient",
 )  # fmt: skip
-STRUCTURED = ("rap", "map_lora", "lora_prune", "original_gradient", "taylor_once")
+STRUCTURED = ("rap", "map_lora", "lora_prune", "taylor_once")
 HALF = tuple(f"{m}@0.5" for m in METHODS)
 MOST = tuple(f"{m}@0.9" for m in METHODS if m != "lora_prune_exact")
 UNITS = tuple(f"structured/{m}@0.5" for m in STRUCTURED)

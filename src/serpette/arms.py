@@ -28,7 +28,9 @@ METRICS = {"classification": "accuracy", "regression": "r2", "causal-lm": "perpl
 COMPARED = {"classification": "accuracy", "regression": "accuracy", "causal-lm": "loss"}
 
 # of an arm, the same for all seeds
-SETTINGS = ("name", "scorer", "select", "keep", "per_class", "epochs", "method", "tune")
+SETTINGS = ("name", "scorer", "select", "keep", "per_class", "epochs", "method", "tune", "prune")
+# by what an arm chooses its examples
+DATA = ("scorer", "select", "keep", "per_class")
 
 
 def predict(
@@ -94,8 +96,10 @@ def comparisons(arms: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
     The controls are, of the arms tuned alike, the one that keeps all, a random choice of the same share (one
     balanced over the classes first), and for a score the ranking by the loss at the same share. An arm that
     keeps all, but is tuned otherwise, has full fine-tuning as its control, or the first arm that keeps all;
-    rows have LoRA, too. Differences are of the metric; in a causal language model of the mean loss of an
-    example's response, in nats, where less is better.
+    rows have LoRA, too. An arm whose weights are pruned has the unpruned arm of the same examples, the one
+    that keeps all examples, and the same cut by chance and by magnitude, all tuned alike. Differences are of
+    the metric; in a causal language model of the mean loss of an example's response, in nats, where less is
+    better.
 
     Args:
         arms: with `each`, or `by_seed` as `mean_of_seeds` makes them.
@@ -123,13 +127,16 @@ def comparisons(arms: list[dict[str, Any]], task: str) -> list[dict[str, Any]]:
 
 def controls(arm: dict[str, Any], arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What `arm` is compared with, out of `arms`."""
+    if arm.get("prune"):
+        return _controls_of_cut(arm, arms)
+    arms = [a for a in arms if not a.get("prune")]
     whole = [a for a in arms if a["select"] is None]
     first = next((a for a in whole if a.get("method") == "full"), whole[0] if whole else None)
     if arm["select"] is None:
         lora = [a for a in whole if a.get("method") == "lora" and a is not first]
         found = [] if arm is first else [first, *(lora[:1] if arm.get("method") == "rows" else [])]
         return [c for c in found if c is not None]
-    tuned_alike = [a for a in arms if (a.get("tune") or {}) == (arm.get("tune") or {}) and a is not arm]
+    tuned_alike = [a for a in arms if _tune(a) == _tune(arm) and a is not arm]
     full = next((a for a in tuned_alike if a["select"] is None), first)
     alike = [a for a in tuned_alike if a["select"] is not None and a["keep"] == arm["keep"]]
     chance = [a for a in alike if a["scorer"] in (None, "random") or a["select"] == "random"]
@@ -138,6 +145,33 @@ def controls(arm: dict[str, Any], arms: list[dict[str, Any]]) -> list[dict[str, 
     losses.sort(key=lambda a: (a["select"], a["per_class"]) != (arm["select"], arm["per_class"]))
     scored = arm["scorer"] not in (None, "random", "loss")
     return [c for c in (full, *chance[:1], *(losses[:1] if scored else [])) if c is not None]
+
+
+def _controls_of_cut(arm: dict[str, Any], arms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def same(other: dict[str, Any]) -> bool:
+        """The same examples, tuned alike."""
+        return _tune(arm) == _tune(other) and all(arm[key] == other[key] for key in DATA)
+
+    dense = [a for a in arms if not a.get("prune")]
+    whole = [a for a in dense if a["select"] is None]
+    whole.sort(key=lambda a: _tune(a) != _tune(arm))  # stable: those tuned alike first
+    found = [*[a for a in dense if same(a)][:1], *whole[:1]]
+    mine = arm["prune"]
+    ladder = ("random", "magnitude", mine["importance"])
+    for name in ladder[: ladder.index(mine["importance"])]:
+        found += [
+            a
+            for a in arms
+            if a.get("prune")
+            and same(a)
+            and a["prune"]["importance"] == name
+            and all(a["prune"][key] == mine[key] for key in ("sparsity", "pattern", "targets"))
+        ][:1]
+    return [a for i, a in enumerate(found) if all(a is not b for b in found[:i])]
+
+
+def _tune(arm: dict[str, Any]) -> dict[str, Any]:
+    return arm.get("tune") or {}
 
 
 def mean_of_seeds(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
+from . import cli_tuning
+
 DESCRIPTION = """Fine-tuning made cheap by pruning: of the data, of the trainable rows, of the weights.
 
 `serpette COMMAND --help` shows the options of a command and an example; `serpette --version` prints the
@@ -29,7 +31,17 @@ app = tyro.extras.SubcommandApp()
 
 @app.command(name="list")
 def list_(
-    kind: Positional[Literal["scorers", "selectors", "importances", "models", "datasets"]],
+    kind: Positional[
+        Literal[
+            "scorers",
+            "selectors",
+            "importances",
+            "neuron-importances",
+            "weight-importances",
+            "models",
+            "datasets",
+        ]
+    ],
     as_json: Annotated[bool, tyro.conf.arg(name="json"), tyro.conf.FlagCreatePairsOff] = False,
 ) -> None:
     """Names that the other commands understand, one a line.
@@ -37,7 +49,8 @@ def list_(
     Example: serpette list scorers
 
     Args:
-        kind: What to list.
+        kind: What to list; of the importances, those of rows are neuron-importances, those of the weights
+            that a prune stage cuts weight-importances.
         as_json: A JSON list of objects with `name` and `about` in place of the names.
     """
     if kind in ("models", "datasets"):
@@ -46,10 +59,17 @@ def list_(
         about = {name: _about(entry) for name, entry in dict(getattr(zoo, kind)()).items()}
     else:
         from .data.selectors import registry as selectors
+        from .importance import neurons, weights
         from .importance import registry as importances
         from .scorers import registry as scorers
 
-        registry = {"scorers": scorers, "selectors": selectors, "importances": importances}[kind]
+        registry = {
+            "scorers": scorers,
+            "selectors": selectors,
+            "importances": importances,
+            "neuron-importances": neurons,
+            "weight-importances": weights,
+        }[kind]
         about = {name: _about(cls) for name, cls in registry.items()}
     print(
         json.dumps([{"name": n, "about": a} for n, a in about.items()], indent=1)
@@ -260,8 +280,9 @@ def _run(path: Path, overrides: list[str]) -> None:
     loaded = recipes.load(path)
     prog = f"serpette run {path}"
     job = tyro.cli(
-        recipes.Recipe, default=loaded, args=overrides, prog=prog, description=recipes.Recipe.__doc__
-    )
+        recipes.Recipe, default=loaded, args=overrides, prog=prog, description=recipes.Recipe.__doc__,
+        config=(tyro.conf.AvoidSubcommands,),
+    )  # fmt: skip
     recipes.check(job, str(path))
     from . import pipeline
 
@@ -286,78 +307,8 @@ def report(run_dir: Positional[Path]) -> None:
     print(reports.write(run_dir))
 
 
-@app.command
-def memory(
-    *,
-    model: str,
-    tuner: UseAppendAction[tuple[str, ...]] = (),
-    tokens: int = 2048,
-    batch_size: int = 1,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
-    r: int = 16,
-    fraction: float | None = None,
-    dropout: float = 0.0,
-    freeze_attention: bool = False,
-    checkpointing: bool = False,
-    recompute: bool = False,
-    optimizer: Literal["adamw", "adamw-fused", "adamw-8bit", "sgd", "adafactor"] = "adamw",
-    labels: int | None = None,
-    measure: bool = False,
-    device: Literal["cpu", "cuda"] | None = None,
-    out: Path | None = None,
-) -> None:
-    """Memory of a training step for ways to tune: predicted at the true shapes, without allocating them.
-
-    Example: serpette memory --model llama-2-7b --tuner rows,r=128 --tuner lora,r=64,dropout=0.1
-
-    Args:
-        model: A preset (llama-2-7b, llama-3-8b, llama-2-13b, mistral-7b, bert-base, vit-b), a zoo name, a hub
-            id or a local folder; of the last two only the configuration is read, unless it is measured.
-        tuner: A way to tune: rows, columns, both, lora, dora, full or head; give it again for another.
-            What differs from the options below goes behind it: lora,r=64,dropout=0.1. Default: rows, lora.
-        tokens: Length of the texts; images have the model's size.
-        batch_size: Texts or images in a step.
-        dtype: Of the frozen weights; peft makes adapters in half precision float32.
-        r: Rows or columns of each layer, or the rank of LoRA, DoRA and SHiRA.
-        fraction: Of the rows or columns, in place of r.
-        dropout: Of LoRA and DoRA.
-        freeze_attention: Nothing trains inside attention blocks.
-        checkpointing: Gradient checkpointing of each block.
-        recompute: Norm outputs and products of gated MLPs are computed again in the backward pass.
-        optimizer: Whose states are held; adamw-8bit is that of bitsandbytes.
-        labels: Width of a new head. Default: what the checkpoint was made for.
-        measure: Run the steps with real tensors too, and show them beside the prediction.
-        device: Whose memory is meant, and where it is measured. Default: cuda, or cpu to measure without one.
-        out: Folder for result.json and the chart memory.svg.
-    """
-    from functools import partial
-
-    from . import zoo
-    from .data.sources import open_model
-    from .data.store import write_atomic, write_json
-    from .memory.compare import Setup, compare, opened, parse
-    from .report import memory as reports
-
-    common = Setup("rows", r, fraction, dropout, freeze_attention, checkpointing, recompute, optimizer)
-    setups = [parse(text, common) for text in tuner or ("rows", "lora")]
-    opener = partial(opened, open_model, model, num_labels=labels)
-    result = compare(
-        opener() if model in zoo.models() else model,
-        setups,
-        tokens=tokens,
-        batch_size=batch_size,
-        dtype=dtype,
-        labels=labels,
-        device=device,
-        measure=measure,
-        open_model=opener,
-    )
-    result["model"] = model
-    reports.show(result)
-    if out is not None:
-        write_json(out / "result.json", result)
-        write_atomic(out / "memory.svg", reports.chart(result))
-        print(out / "memory.svg")
+for command in (cli_tuning.prune, cli_tuning.shrink, cli_tuning.memory):
+    app.command(command)
 
 
 @app.command

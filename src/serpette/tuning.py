@@ -173,12 +173,14 @@ def train(
     schedule: str = "linear",
     warmup: float = 0.0,
     on_step: Callable[[int, int], None] | None = None,
+    callbacks: Sequence[Any] = (),
 ) -> None:
     """Tunes what is trainable in `model` on examples 0 .. `examples` - 1, which `collate` turns into a batch.
 
     Args:
         warmup: share of the steps over which the learning rate rises.
         on_step: called with (step, all steps) after each step.
+        callbacks: transformers' TrainerCallbacks, such as `serpette.Pruner`.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -211,7 +213,7 @@ def train(
             args=arguments,
             train_dataset=list(range(examples)),  # type: ignore[arg-type] - a list is a map-style data set
             data_collator=collate,
-            callbacks=[Tick()],
+            callbacks=[*callbacks, Tick()],
         )
         for callback in list(trainer.callback_handler.callbacks):
             if type(callback).__name__ == "PrinterCallback":  # it prints a dict where tqdm is off

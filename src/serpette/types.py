@@ -288,7 +288,7 @@ class Importance(Protocol):
 
 @dataclass
 class LayerStats:
-    """What is known of one layer's weights: O outputs, I inputs (of a convolution: of its patch), LoRA rank r.
+    """What is known of a layer's weights: O outputs, I inputs (of a convolution: of its patch), LoRA rank r.
 
     A field that was not asked for is None. Importances and gradients at weights that are cut already mean
     nothing.
@@ -298,8 +298,8 @@ class LayerStats:
         weight: gives (O, I) float32 or wider, what the layer computes with, zero where it is cut: W0 + s B A,
             or (sequential) W0 + s W0 B A, or the plain weight of a layer without LoRA.
         base: gives W0 (O, I); None in a layer without LoRA.
-        A, B, grad_A, grad_B: LoRA factors (r, I) and (O, r), in a sequential LoRA (r, I) and (I, r), and dL/dA
-            and dL/dB, float32 or wider, without loss scale.
+        A, B: LoRA factors (r, I) and (O, r), in a sequential LoRA (r, I) and (I, r); float32 or wider.
+        grad_A, grad_B: dL/dA and dL/dB, without loss scale.
         scale: s of the LoRA.
         sequential: the LoRA stands before W0, not beside it.
         gradient: dL/dW (O, I) float32 or wider, of the unmasked product.

@@ -149,11 +149,13 @@ def test_unknown_name():
 
 def test_an_importance_of_the_other_kind_is_refused():
     for method in ("lora_prune", LoraPrune()):
-        with pytest.raises(ValueError, match="'lora_prune' is not one of neurons; those are magnitude, qm_t"):
+        with pytest.raises(
+            ValueError, match="'lora_prune' does not rank neurons; those that do: magn"
+        ):
             neurons.make(method)
     for method in ("qm_taylor", QMTaylor()):
         with pytest.raises(
-            ValueError, match="'qm_taylor' is not one of single weights; those are lora_prune, "
+            ValueError, match="'qm_taylor' does not rank single weights; those that do: lora_prune, "
         ):
             weights.make(method)
     assert isinstance(neurons.make(Taylor()), Taylor) and isinstance(weights.make("taylor"), Taylor)

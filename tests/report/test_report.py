@@ -125,7 +125,8 @@ class Page(HTMLParser):
         self._inside = self._inside and tag != "h1"
 
     def handle_data(self, data):
-        self.text.append(data)
+        if self.tags[-1:] != ["style"]:
+            self.text.append(data)
         if self._inside:
             self.answer += data
 

@@ -247,8 +247,14 @@ def test_dependencies_need_a_loader_and_scope_layer(given):
     "given, message",
     [
         ({"importance": "tailor"}, "unknown importance 'tailor'; did you mean 'taylor'"),
-        ({"importance": "lora_prune"}, "'lora_prune' is not one of neurons; those are magnitude, qm_taylor"),
-        ({"importance": LoraPrune()}, "'lora_prune' is not one of neurons; those are magnitude, qm_taylor"),
+        (
+            {"importance": "lora_prune"},
+            "'lora_prune' does not rank neurons; those that do: magnitude, qm_taylor",
+        ),
+        (
+            {"importance": LoraPrune()},
+            "'lora_prune' does not rank neurons; those that do: magnitude, qm_taylor",
+        ),
         (
             {"importance": "taylor"},
             r"importance 'taylor' needs data; give rank_rows\(model, loader, 'taylor'\)",

@@ -136,7 +136,7 @@ def test_obs_errs_less_than_magnitude_and_moves_what_stays():
         errors[name] = mse_loss(X @ conv.weight.flatten(1).T, X @ dense.T).item()
         moved = (conv.weight.flatten(1) != dense)[keep].any()
         assert bool(moved) == (name == "obs")
-    assert errors["obs"] < 0.7 * errors["magnitude"]
+    assert errors["obs"] < 0.9 * errors["magnitude"]
 
 
 def test_lora_is_pruned_as_it_will_be_merged():
@@ -185,7 +185,7 @@ ALONE = "'obs' prunes single weights layer by layer"
         (lora_net, "obs", {"loader": "data"}, "'obs' moves the weights that stay; merge the LoRA first"),
         (net, "lora_prune", {"loader": "data"}, "'lora_prune' needs LoRA"),
         (net, "magnitude", {"sparsity": 1.5}, "sparsity=1.5 must be"),
-        (net, "qm_taylor", {}, "ranks neurons"),
+        (net, "qm_taylor", {}, "does not rank single weights"),
     ],
 )
 def test_refused(make, importance, settings, error):

@@ -46,7 +46,7 @@ def test_an_importance_of_neurons_alone_names_those_of_weights():
     alone = sorted(n for n, cls in registry.items() if not hasattr(cls, "of_weights"))
     assert alone
     for name in alone:
-        with pytest.raises(ValueError, match=f"importance '{name}' ranks neurons.*lora_prune"):
+        with pytest.raises(ValueError, match=f"importance '{name}' does not rank single weights.*lora_prune"):
             PruneConfig(name)
 
 

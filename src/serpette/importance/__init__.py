@@ -34,7 +34,8 @@ class _Serving(Registry):
         return made
 
     def _refusal(self, name: Any) -> ValueError:
-        return ValueError(f"importance {name!r} is not one of {self.served}; those are {', '.join(self)}")
+        able = ", ".join(self)
+        return ValueError(f"importance {name!r} does not rank {self.served}; those that do: {able}")
 
 
 neurons = _Serving("__call__", "neurons")

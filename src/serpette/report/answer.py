@@ -17,7 +17,7 @@ Arm = dict[str, Any]
 
 def find_full(run: Run, subject: Arm | None = None) -> Arm | None:
     """The arm that trains on everything: of a pruned `subject` the one tuned alike, else full fine-tuning."""
-    whole = [arm for arm in run.arms if keeps_all(arm)]
+    whole = [arm for arm in run.arms if keeps_all(arm) and not arm.get("weights")]
     if subject is not None and not keeps_all(subject):
         alike = [arm for arm in whole if _tuned_alike(arm, subject)]
         if alike:
@@ -46,7 +46,9 @@ def is_random(arm: Arm) -> bool:
 
 def find_random(run: Run, subject: Arm | None) -> Arm | None:
     """The control of `subject`: a random choice of the same size, one balanced over the classes first."""
-    chance = [arm for arm in run.arms if is_random(arm) and arm is not subject]
+    if subject is not None and subject.get("weights"):
+        return None  # its control by chance is another cut
+    chance = [arm for arm in run.arms if is_random(arm) and arm is not subject and not arm.get("weights")]
     if subject is not None:
         same = [arm for arm in chance if arm.get("examples") == subject.get("examples")]
         chance = [arm for arm in same if _tuned_alike(arm, subject)]
@@ -80,23 +82,28 @@ def _keep_units(text: str) -> str:
 
 
 def _answer(run: Run) -> tuple[str, str]:
+    from .story import find_story, story
+
     if not run.arms:
         return "No arm of this run has finished yet.", "There is nothing to compare."
+    pruned = find_story(run)
+    if pruned is not None:
+        return story(run, pruned)
     subject = find_subject(run)
     full = find_full(run, subject)
     if subject is None:
         assert full is not None
         return (
             "Nothing was pruned, so there is nothing to compare:",
-            f"only the full set was tuned, to {_value(run, full)} in {_cost(full)}.",
+            f"only the full set was tuned, to {_value(run, full)} in {cost_of_arm(full)}.",
         )
     if run.tunings_differ and keeps_all(subject):
-        lost = [(arm, arm["name"]) for arm in (full, find_lora(run, subject)) if arm and arm is not subject]
-        figures = f"{_trained(run, subject, full)}. {_lost(run, subject, lost)}"
+        others = [(arm, arm["name"]) for arm in (full, find_lora(run, subject)) if arm and arm is not subject]
+        figures = f"{_trained(run, subject, full)}. {lost(run, subject, others)}"
         return f"{_tuning_verdict(run, subject, full)}:", figures
     chance = None if is_random(subject) else find_random(run, subject)
     pairs = [(full, _full_name(subject, full)), (chance, _chance_name(chance) if chance else "")]
-    second = _lost(run, subject, [(arm, name) for arm, name in pairs if arm])
+    second = lost(run, subject, [(arm, name) for arm, name in pairs if arm])
     if not (chance or is_random(subject)) and second.startswith("It ") and "no other arm" not in second:
         second += " No random choice of the same size was run."
     return f"{_verdict(run, subject, full, chance)}:", f"{_kept(run, subject, full, chance)}. {second}"
@@ -108,7 +115,7 @@ def _verdict(run: Run, subject: Arm, full: Arm | None, chance: Arm | None) -> st
         return "Whether pruning paid is unknown, as there is no cost of the full set to compare with"
     if mine >= SAVED * whole:
         return "Pruning did not pay"
-    to_full, to_chance = _sign(run, subject, full), _sign(run, subject, chance)
+    to_full, to_chance = sign_of(run, subject, full), sign_of(run, subject, chance)
     if is_random(subject):
         return "Pruning by chance saved time" + (" at a price" if to_full == "worse" else "")
     if chance is None or to_chance is None:
@@ -128,7 +135,7 @@ def _tuning_verdict(run: Run, subject: Arm, full: Arm | None) -> str:
     memory = _gpu_peak(run, subject), _gpu_peak(run, full)
     if memory[0] and memory[1] and memory[0] < SAVED * memory[1]:
         saved.append("memory")
-    sign = _sign(run, subject, full)
+    sign = sign_of(run, subject, full)
     if not saved:
         gain = ", but was more accurate" if sign == "better" and not run.lower_is_better else ""
         return f"Training fewer weights saved no time{gain}"
@@ -147,7 +154,7 @@ def _trained(run: Run, subject: Arm, full: Arm | None) -> str:
     part = "a part of the weights" if weights is None else f"{weights:,.0f} weights"
     if share is not None:
         part += f" ({percent(share)} of the model's)"
-    text = f"{subject['name']} trained {part} and cost {_cost(subject)} of {cost_words(run)}"
+    text = f"{subject['name']} trained {part} and cost {cost_of_arm(subject)} of {cost_words(run)}"
     for other in (full, find_lora(run, subject)):
         mine, its = cost_of(subject), cost_of(other) if other else None
         if other and its and mine is not None:
@@ -161,7 +168,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %" if share >= 0.01 else f"{100 * share:.2g} %"
 
 
-def _sign(run: Run, arm: Arm, to: Arm | None) -> str | None:
+def sign_of(run: Run, arm: Arm, to: Arm | None) -> str | None:
     """`better`, `worse`, `noise`; None when the two cannot be compared."""
     difference, within = _difference(run, arm, to) if to else (None, None)
     if difference is None:
@@ -196,16 +203,17 @@ def _kept(run: Run, subject: Arm, full: Arm | None, chance: Arm | None) -> str:
     share = f"{kept:,.0f} examples" if kept is not None else "a part of the examples"
     if kept is not None and total:
         share = f"{kept:,.0f} of {total:,.0f} training examples ({100 * kept / total:.0f} %)"
-    text = f"{subject['name']} kept {share} and cost {_cost(subject)} of {cost_words(run)}"
+    text = f"{subject['name']} kept {share} and cost {cost_of_arm(subject)} of {cost_words(run)}"
     mine, whole = cost_of(subject), cost_of(full) if full else None
     if whole and mine is not None:
         text += f", against {seconds(whole)} for {_full_name(subject, full)} ({_percent(mine / whole)})"
     if chance and cost_of(chance) is not None:
-        text += f" and {_cost(chance)} for {_chance_name(chance)}"
+        text += f" and {cost_of_arm(chance)} for {_chance_name(chance)}"
     return text
 
 
-def _lost(run: Run, subject: Arm, pairs: list[tuple[Arm, str]]) -> str:
+def lost(run: Run, subject: Arm, pairs: list[tuple[Arm, str]]) -> str:
+    """What `subject` lost or gained against each (arm, its name), and whether that is noise."""
     phrases, noises = [], []
     for to, name in pairs:
         difference, within = _difference(run, subject, to)
@@ -287,7 +295,24 @@ def seconds(value: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _cost(arm: Arm) -> str:
+def count(value: float) -> str:
+    """`14.2 M`."""
+    for limit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= limit:
+            return f"{value / limit:.3g} {letter}"
+    return f"{value:g}"
+
+
+def file_size(value: float) -> str:
+    """`28.4 MiB`."""
+    for limit, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
+        if value >= limit:
+            return f"{value / limit:.1f} {unit}"
+    return f"{value:,.0f} B"
+
+
+def cost_of_arm(arm: Arm) -> str:
+    """Its cost in words."""
     cost = cost_of(arm)
     return "an unknown time" if cost is None else seconds(cost)
 

@@ -72,7 +72,7 @@ def _scatter(
     for arm, x, y in points:
         low, high = proportion_interval(y, n) if run.classification and n and 0 <= y <= 1 else (y, y)
         low, high = run.interval(arm) or ((y, y) if run.seeds else (low, high))
-        color, marker = _mark(index[arm["name"]])
+        color, marker = mark(index[arm["name"]])
         ax.plot([x] * 2, [low * scale, high * scale], color=color, lw=1.6, solid_capstyle="round")
         ax.plot(x, y * scale, marker, ms=8, color=color, mec=THEME["page"], mew=1.2, zorder=3)
         dots.append((x, y * scale))
@@ -90,7 +90,7 @@ def _scatter(
     ax.set_xlabel(label)
     ax.set_title(f"{plain(run.metric)}{', %' if run.classification else ''}", loc="left", color=THEME["soft"])
     names = [plain(arm["name"], 24) for arm, _, _ in points]
-    _place_labels(fig, ax, dots, spans, names, [_mark(index[arm["name"]])[0] for arm, _, _ in points])
+    _place_labels(fig, ax, dots, spans, names, [mark(index[arm["name"]])[0] for arm, _, _ in points])
     said = "; ".join(f"{plain(a['name'])} {y * scale:.3g} at {said_of(x)}" for a, x, y in points)
     return inline(fig, f"{what}-accuracy", f"{plain(run.metric)} against {what}. {said}")
 
@@ -189,7 +189,7 @@ def subset_distance(run: Run) -> str | None:
     index, largest = arm_index(run), max(abs(value) for _, value in arms)
     decimals = max(0, 2 - math.floor(math.log10(largest))) if largest else 0
     for row, (arm, value) in enumerate(arms):
-        ax.barh(row, value, 0.34, color=_mark(index[arm["name"]])[0], linewidth=0)
+        ax.barh(row, value, 0.34, color=mark(index[arm["name"]])[0], linewidth=0)
         _bar_text(ax, row, max(value, 0), arm["name"], f"{value:.{decimals}f}", index[arm["name"]])
     values = [value for _, value in arms]
     _bar_axes(ax, len(arms), max(values), min(values))
@@ -199,7 +199,7 @@ def subset_distance(run: Run) -> str | None:
 
 
 def _bar_text(ax, row: int, end: float, name: object, value: str, index: int) -> None:
-    color, marker = _mark(index)
+    color, marker = mark(index)
     ax.plot(0.011, row - 0.35, marker, ms=7, color=color, transform=ax.get_yaxis_transform(), clip_on=False)
     ax.text(
         0.038, row - 0.35, plain(name, 40), transform=ax.get_yaxis_transform(), va="center_baseline", **TEXT
@@ -214,7 +214,7 @@ def _bar_axes(ax, rows: int, widest: float, lowest: float = 0.0) -> None:
     ax.set_yticks([])
     ax.spines["left"].set_visible(False)
     ax.grid(False)
-    ax.xaxis.set_major_locator(_few_ticks())
+    ax.xaxis.set_major_locator(few_ticks())
 
 
 def score_histograms(run: Run) -> list[tuple[str, str]]:
@@ -257,7 +257,7 @@ def _histogram(run: Run, name: str, scorer: str, scores: np.ndarray, groups) -> 
     edges = np.linspace(low, high, 25 if len(groups) > 1 else 41)
     whole = _shares(scores, edges)
     arm = next((arm for arm in run.arms if arm.get("scorer") == scorer), None)
-    color = _mark(arm_index(run)[arm["name"]])[0] if arm else ARMS[2]
+    color = mark(arm_index(run)[arm["name"]])[0] if arm else ARMS[2]
     for ax in axes.flat[len(groups) :]:
         ax.remove()
     for ax, (title, values) in zip(axes.flat, groups, strict=False):
@@ -271,7 +271,7 @@ def _histogram(run: Run, name: str, scorer: str, scores: np.ndarray, groups) -> 
         ax.set_yticks([])
         ax.grid(False)
         ax.spines["left"].set_visible(False)
-        ax.xaxis.set_major_locator(_few_ticks(3 if columns == 3 else 5))
+        ax.xaxis.set_major_locator(few_ticks(3 if columns == 3 else 5))
     for column in range(columns):  # the last panel of a column carries the axis, also above an empty corner
         last = [r for r in range(rows) if r * columns + column < len(groups)][-1]
         axes[last, column].tick_params(labelbottom=True)
@@ -294,7 +294,7 @@ def stopping_curves(run: Run) -> list[tuple[str, str]]:
         if not curve:
             continue
         arm = next((arm for arm in run.arms if arm.get("scorer") == scorer), None)
-        color, marker = _mark(arm_index(run)[arm["name"]] if arm else 2)
+        color, marker = mark(arm_index(run)[arm["name"]] if arm else 2)
         tolerance = number(entry.get("tolerance"))
         points, values = zip(*curve, strict=True)
         fig, ax = figure(240)
@@ -310,7 +310,7 @@ def stopping_curves(run: Run) -> list[tuple[str, str]]:
         pad = 0.16 * (max(shown) - min(shown)) or 0.01
         ax.set_ylim(min(shown) - pad, max(shown) + 1.4 * pad)
         ax.set_xlim(min(points) - 0.5, max(points) + 0.5)
-        ax.xaxis.set_major_locator(_few_ticks(8, integer=True))
+        ax.xaxis.set_major_locator(few_ticks(8, integer=True))
         ax.set_xlabel("points in the path")
         ax.set_title("rank correlation with one point less", loc="left", color=THEME["soft"])
         said = ", ".join(f"{v:.3f} at {p}" for p, v in curve)
@@ -318,11 +318,13 @@ def stopping_curves(run: Run) -> list[tuple[str, str]]:
     return found
 
 
-def _mark(index: int) -> tuple[str, str]:
+def mark(index: int) -> tuple[str, str]:
+    """Colour and marker of an arm."""
     return ARMS[index], MARKERS[index]
 
 
-def _few_ticks(count: int = 5, integer: bool = False) -> Any:
+def few_ticks(count: int = 5, integer: bool = False) -> Any:
+    """About `count` round ticks."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(count, integer=integer, steps=[1, 2, 2.5, 5, 10] if not integer else [1, 2, 5, 10])

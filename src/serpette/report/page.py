@@ -7,10 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from . import figures, svg
+from . import figures, svg, weights
 from .answer import (
     answer,
     cost_words,
+    count,
+    file_size,
     find_full,
     find_lora,
     find_random,
@@ -39,10 +41,14 @@ def render(run: Run) -> str:
             "mmd": figures.subset_distance(run),
             "histograms": figures.score_histograms(run),
             "stopping": figures.stopping_curves(run),
+            "layer_maps": weights.layer_maps(run),
+            "sensitivity": weights.sensitivity_curves(run),
         }
     for name, value in drawn.items():  # SVG is escaped by ElementTree; nothing else is marked as safe
-        pairs = isinstance(value, list)
-        drawn[name] = [(k, Markup(v)) for k, v in value] if pairs else Markup(value) if value else None
+        listed = isinstance(value, list)
+        drawn[name] = (
+            [(*words, Markup(v)) for *words, v in value] if listed else Markup(value) if value else None
+        )
     environment = Environment(
         loader=PackageLoader("serpette", "report"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -56,7 +62,9 @@ def render(run: Run) -> str:
         facts=facts(run),
         arms=rows,
         has_lora=any(row["to_lora"] for row in rows),
-        cut=run.pruned or not run.tunings_differ,
+        cut=run.chosen,
+        weights=weights.weights_table(run),
+        weights_words=weights.speed_words(run),
         tunings_differ=run.tunings_differ,
         full_name=(find_full(run) or {}).get("name", "full") if run.tunings_differ else "full",
         cost_words=cost_words(run),
@@ -86,7 +94,7 @@ def facts(run: Run) -> list[str]:
     model, data = run.result.get("model") or {}, run.data
     found = []
     if model.get("name"):
-        size = f" ({_count(model['parameters'])} parameters)" if number(model.get("parameters")) else ""
+        size = f" ({count(model['parameters'])} parameters)" if number(model.get("parameters")) else ""
         found.append(f"{model['name']}{size}")
     if data.get("train"):
         found.append(str(data["train"]))
@@ -132,7 +140,7 @@ def arm_rows(run: Run) -> list[dict[str, Any]]:
             "kept_share": f"{100 * kept / total:.0f} %" if kept is not None and total else "",
             "value": shown(run, run.value(arm)),
             "ends": _ends(run, arm),
-            "trainable": _count(arm["trainable_parameters"]) if share is not None else "–",
+            "trainable": count(arm["trainable_parameters"]) if share is not None else "–",
             "trainable_share": "" if share is None else percent(share),
             "to_full": _against(run, arm, find_full(run, arm)),
             "to_lora": _against(run, arm, find_lora(run, arm)),
@@ -141,8 +149,8 @@ def arm_rows(run: Run) -> list[dict[str, Any]]:
             "cost_share": f"{100 * cost / whole:.0f} %" if cost is not None and whole else "",
             "steps": f"{arm['steps']:,.0f}" if number(arm.get("steps")) is not None else "–",
             "epochs": arm.get("epochs"),
-            "flops": _count(sum(f or 0 for f in flops)) if flops else "–",
-            "peak": _bytes(peak) if peak else "–",
+            "flops": count(sum(f or 0 for f in flops)) if flops else "–",
+            "peak": file_size(peak) if peak else "–",
         })  # fmt: skip
     return rows
 
@@ -164,7 +172,8 @@ def _how(arm: dict, tuned: bool) -> str:
     if arm.get("per_class") and number(arm.get("keep")) != 1.0:
         text += ", balanced" if text else "balanced"
     words = _tuning_words(arm) if tuned else ""
-    return "; ".join(part for part in (text, words) if part)
+    cut = f"weights: {weights.how(arm)}" if arm.get("weights") else ""
+    return "; ".join(part for part in (text, words, cut) if part)
 
 
 def _tuning_words(arm: dict) -> str:
@@ -233,7 +242,7 @@ def scorer_rows(run: Run) -> list[dict[str, str]]:
             "name": name,
             "seconds": seconds(number(entry.get("seconds"))),
             "passes": str(entry.get("passes", "–")),
-            "flops": _count(entry["flops"]) if number(entry.get("flops")) else "–",
+            "flops": count(entry["flops"]) if number(entry.get("flops")) else "–",
             "points": points or "–",
         })  # fmt: skip
     return rows
@@ -242,7 +251,7 @@ def scorer_rows(run: Run) -> list[dict[str, str]]:
 def hardware_rows(run: Run) -> dict[str, str]:
     """The machine, with bytes made readable."""
     machine = run.result.get("hardware") or {}
-    return {k.removesuffix("_bytes"): _bytes(v) if k.endswith("_bytes") and number(v) else str(v)
+    return {k.removesuffix("_bytes"): file_size(v) if k.endswith("_bytes") and number(v) else str(v)
             for k, v in machine.items()}  # fmt: skip
 
 
@@ -256,17 +265,3 @@ def _yaml(recipe: Any) -> str | None:
 
 def _at(values: Any, i: int) -> float | None:
     return number(values[i]) if values is not None and i < len(values) else None
-
-
-def _count(value: float) -> str:
-    for limit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= limit:
-            return f"{value / limit:.3g} {letter}"
-    return f"{value:g}"
-
-
-def _bytes(value: float) -> str:
-    for limit, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB")):
-        if value >= limit:
-            return f"{value / limit:.1f} {unit}"
-    return f"{value:,.0f} B"

@@ -84,6 +84,16 @@ class Run:
         """Whether an arm trains on a part of the data."""
         return any(not keeps_all(arm) for arm in self.arms)
 
+    @property
+    def chosen(self) -> bool:
+        """Whether the choice of examples is what the run is of, or a part of that."""
+        return self.pruned or not (self.tunings_differ or self.cut)
+
+    @property
+    def cut(self) -> list[dict[str, Any]]:
+        """The arms whose weights were pruned, with what that came to."""
+        return [arm for arm in self.arms if arm.get("weights")]
+
     def trainable_share(self, arm: dict[str, Any]) -> float | None:
         """Parameters that train, as a share of the model's."""
         mine = number(arm.get("trainable_parameters"))
@@ -123,21 +133,21 @@ def is_noise(comparison: dict[str, Any]) -> bool | None:
 
 
 # what an arm's time goes to; evaluation is the same for all arms and no part of its cost
-PARTS = ("scoring", "selection", "ranking", "tuning")
+PARTS = ("scoring", "selection", "ranking", "tuning", "pruning")
 
 
 def parts_of(run: Run) -> list[str]:
-    """The `PARTS` that the run has: rows are ranked in some only."""
-    ranked = any(number((arm.get("seconds") or {}).get("ranking")) for arm in run.arms)
-    cut = run.pruned or not run.tunings_differ
-    return [p for p in PARTS if p == "tuning" or (ranked if p == "ranking" else cut)]
+    """The `PARTS` that the run has: rows are ranked and weights are pruned in some only."""
+    spent = {p: any(number((arm.get("seconds") or {}).get(p)) for arm in run.arms) for p in PARTS}
+    return [p for p in PARTS if p == "tuning" or (run.chosen if p in ("scoring", "selection") else spent[p])]
 
 
 def cost_of(arm: dict[str, Any]) -> float | None:
-    """Seconds of scoring + selection + ranking + tuning; None without those of tuning."""
+    """Seconds of scoring, selection, ranking, tuning and pruning; None without those of tuning."""
     seconds = arm.get("seconds") or {}
-    parts = [number(seconds.get(part)) for part in PARTS]
-    return None if parts[-1] is None else sum(part or 0.0 for part in parts)
+    if number(seconds.get("tuning")) is None:
+        return None
+    return sum(number(seconds.get(part)) or 0.0 for part in PARTS)
 
 
 def keeps_all(arm: dict[str, Any]) -> bool:

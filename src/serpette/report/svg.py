@@ -18,6 +18,7 @@ LINK = "{http://www.w3.org/1999/xlink}href"
 THEME = {
     "ink": "#010a01", "soft": "#010a02", "line": "#010a03", "page": "#010a04", "hist": "#010a05",
     "scoring": "#010a06", "selection": "#010a07", "tuning": "#010a08", "ranking": "#010a09",
+    "pruning": "#010a0a",
 }  # fmt: skip
 ARMS = [f"#010b{i:02x}" for i in range(8)]
 VARIABLES = {hex_: f"var(--{name})" for name, hex_ in THEME.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
-from ..importance import registry as importances
+from ..importance import weights as importances
 from ..types import WeightImportance
 from .groups import Targets
 from .masked import MASK_GRADS, MaskGrad
@@ -23,7 +23,8 @@ class PruneConfig:
 
     Args:
         importance: by what they are ranked: a name (`serpette list importances`) or an object such as
-            `serpette.importance.Movement(learning_rate=0.1)`.
+            `serpette.importance.PST(rank=4)`.
+        options: of an importance that is named, such as `{"cross": False}`.
         sparsity: share of the weights, or of the heads and channels, that is removed in the end, in [0, 1).
         pattern: `"unstructured"`: any weights; `"2:4"` and the like: n of each m inputs stay;
             `"structured"`: whole attention heads (KV groups) and channels, which makes a smaller model.
@@ -72,6 +73,7 @@ class PruneConfig:
     shrink: bool = False
     steps: int | None = None
     seed: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         percent = f"; did you mean {self.sparsity / 100:g}?" if 1 <= self.sparsity <= 100 else ""
@@ -97,20 +99,15 @@ class PruneConfig:
                 raise ValueError(
                     f"shrink=True needs pattern='structured', not {self.pattern!r}: only whole units leave"
                 )
-        method = self.method()
-        if not hasattr(method, "of_weights"):
-            able = ", ".join(sorted(n for n, cls in importances.items() if hasattr(cls, "of_weights")))
-            raise ValueError(
-                f"importance {method.name!r} ranks neurons, not single weights; those that do: {able}"
-            )
+        self.method()
 
     def method(self) -> Any:
-        """The importance, made from its name; a `seed` that it takes is this one."""
+        """The importance, made from its name and options; a `seed` that it takes is this one."""
         if not isinstance(self.importance, str):
-            return self.importance
-        cls = importances[self.importance]
-        options = {"seed": self.seed} if "seed" in inspect.signature(cls).parameters else {}
-        return cls(**options)
+            return importances.make(self.importance, **self.options)
+        takes = inspect.signature(importances[self.importance]).parameters
+        seed = {"seed": self.seed} if "seed" in takes else {}
+        return importances.make(self.importance, **seed | self.options)
 
     def interval(self, steps: int) -> int:
         """Steps from one scoring to the next in a training of `steps`."""

@@ -77,8 +77,7 @@ class PrunedLayer:
     def weight(self) -> Tensor:
         """What the layer computes with (O, I), in float32 or wider; zero where it is cut."""
         weight = self.masked.weight() if self.lora else self.frozen()
-        weight = weight if weight.dtype == torch.float64 else weight.float()
-        return weight.masked_fill_(self._cut, 0) if self.lora and self._cut is not None else weight
+        return weight if weight.dtype == torch.float64 else weight.float()
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -175,17 +174,18 @@ class PrunedLayer:
     @property
     def cut(self) -> Tensor:
         """(O, I) bool, True where a weight is removed."""
-        if self._cut is not None:
-            return self._cut
+        cut = self.masked.cut if self.lora else self._cut
+        if cut is not None:
+            return cut
         return torch.zeros(self.shape, dtype=torch.bool, device=self.device)
 
     def remove(self, cut: Tensor) -> None:
         """Removes the weights `cut` (O, I); those removed before stay so."""
-        self._cut = cut
         if self.lora:
             self.masked.cut = cut
             self.masked.zero_cut()
         else:
+            self._cut = cut
             self.zero()
 
     def remove_lines(self, rows: Tensor | None, columns: Tensor | None) -> None:
@@ -197,7 +197,6 @@ class PrunedLayer:
             lines |= columns
         if not self.lora or self.masked.keeps_base:
             return self.remove(lines)
-        self._cut = lines
         self.masked.cut_rows, self.masked.cut_columns = rows, columns
         self.masked.zero_cut()
 
@@ -209,7 +208,7 @@ class PrunedLayer:
 
     def zero(self, *args: Any) -> None:
         """Zeroes what is cut in a plain layer, unseen by autograd: an optimizer may have moved it."""
-        if self._cut is not None and not self.lora:
+        if self._cut is not None:
             weight = self.module.weight.data  # type: ignore[union-attr]
             cut = self._cut.t() if type(self.module).__name__ == "Conv1D" else self._cut
             weight.masked_fill_(cut.view(weight.shape), 0)  # type: ignore[operator]
@@ -314,7 +313,7 @@ def _check_lora(name: str, module: Any) -> None:
         raise ValueError(
             f"the LoRA of {name!r} has a bias (lora_bias=True), which pruning does not know; leave it off"
         )
-    if isinstance(module, MaskedLora) and (module.cut is not None or module.cut_rows is not None):
+    if isinstance(module, MaskedLora) and module.cut is not None:
         raise ValueError(
             f"{name!r} is pruned already; merge first (merge_and_unload) and give the result a new LoRA, or "
             "resume from a checkpoint"

@@ -253,7 +253,7 @@ def pattern_of(name: str, scope: Scope = "layer") -> Unstructured | NM:
         return Unstructured(scope)
     if n_m := re.fullmatch(r"(\d+):(\d+)", name):
         return NM(int(n_m[1]), int(n_m[2]), scope)
-    raise ValueError(f"unknown pattern {name!r}{near(name, ['unstructured', '2:4', '4:8'])}")
+    raise ValueError(f"unknown pattern {name!r}{near(name, ['unstructured', 'structured', '2:4', '4:8'])}")
 
 
 class _Ready(Sequence[Tensor]):

@@ -436,8 +436,7 @@ class Pruner(TrainerCallback):
                 )
         if self.config.shrink and args.world_size > 1:
             raise ValueError(
-                "shrink=True needs a single process, since DDP goes by the shapes that the parameters had at "
-                "first; leave shrink off, and shrink afterwards"
+                "shrink=True needs a single process: DDP goes by the shapes of the start; shrink afterwards"
             )
         if state.global_step and self.config.shrink:
             raise ValueError(

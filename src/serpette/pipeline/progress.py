@@ -1,0 +1,34 @@
+"""What a run says while it works."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Sayer:
+    """One line a stage, and a bar for the steps of the running arm."""
+
+    def __init__(self, shown: bool):
+        from rich.console import Console
+
+        self.shown = shown
+        self._terminal = Console().is_terminal
+        self._bar: Any = None
+
+    def __call__(self, line: str) -> None:
+        if self.shown:
+            print(f"==> {line}", flush=True)
+
+    def step(self, step: int, total: int) -> None:
+        if not (self.shown and self._terminal):
+            return
+        if self._bar is None:
+            from rich.progress import Progress
+
+            self._bar = Progress(transient=True)
+            self._bar.start()
+            self._task = self._bar.add_task("tuning", total=total)
+        self._bar.update(self._task, completed=step)
+        if step >= total:
+            self._bar.stop()
+            self._bar = None
