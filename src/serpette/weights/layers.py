@@ -123,15 +123,15 @@ class PrunedLayer:
             gradient = self.masked.gradient if self.lora else self._own_gradient()
             if gradient is None:
                 return None
-            stats.gradient = gradient / gradient_scale
+            stats.gradient = gradient if gradient_scale == 1 else gradient / gradient_scale
         return stats
 
     def _own_gradient(self) -> Tensor | None:
-        gradient = self.module.weight.grad  # type: ignore[union-attr]
+        gradient: Tensor | None = self.module.weight.grad  # type: ignore[assignment,union-attr]
         if gradient is None:
             return None
         wide = gradient.detach().float() if gradient.dtype != torch.float64 else gradient.detach()
-        return wide.t() if type(self.module).__name__ == "Conv1D" else wide.flatten(1)  # type: ignore[operator]
+        return wide.t() if type(self.module).__name__ == "Conv1D" else wide.flatten(1)
 
     def watch_inputs(self) -> None:
         """From now on the norms of what goes in are added up, of whatever passes through the layer."""
@@ -287,7 +287,7 @@ def _matches(name: str, pattern: str) -> bool:
 
 def _head(model: Any) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
-    head = get() if get else None
+    head: Any = get() if get else None
     return head.get_base_layer() if hasattr(head, "get_base_layer") else head
 
 
@@ -313,7 +313,7 @@ def _check_lora(name: str, module: Any) -> None:
         raise ValueError(
             f"the LoRA of {name!r} has a bias (lora_bias=True), which pruning does not know; leave it off"
         )
-    if isinstance(module, MaskedLora) and module.cut is not None:
+    if getattr(module, "cut", None) is not None:
         raise ValueError(
             f"{name!r} is pruned already; merge first (merge_and_unload) and give the result a new LoRA, or "
             "resume from a checkpoint"
@@ -341,7 +341,7 @@ def _check_tied(model: nn.Module, found: list[tuple[str, nn.Module]]) -> None:
         if "lora_" not in name and isinstance(getattr(module, "weight", None), nn.Parameter):
             owners.setdefault(id(module.weight), []).append(plain_name(name))
     for name, module in found:
-        base: Any = module.get_base_layer() if hasattr(module, "lora_A") else module
+        base: Any = module.get_base_layer() if hasattr(module, "lora_A") else module  # type: ignore[operator]
         shared = {n.removesuffix(".base_layer") for n in owners.get(id(base.weight), [])}
         others = sorted(shared - {plain_name(name)})
         if others:

@@ -96,8 +96,7 @@ class Pruner(TrainerCallback):
             )
         self.method = self.config.method()
         self.history_: list[tuple[int, float]] = []
-        self.seconds_ = {"scoring": 0.0, "cutting": 0.0}
-        self.skipped_ = self.step_ = 0
+        self.seconds_, self.skipped_, self.step_ = {"scoring": 0.0, "cutting": 0.0}, 0, 0
         self._layers: dict[str, PrunedLayer] = {}
         self._averages: dict[str, Tensor] = {}
         self._units: Units | None = None
@@ -136,6 +135,7 @@ class Pruner(TrainerCallback):
             )
         self._model, self._steps, self._optimizer, self.step_ = model, steps, optimizer, 0
         self._averages, self.history_, self._units = {}, [], None
+        self.seconds_, self.skipped_ = {"scoring": 0.0, "cutting": 0.0}, 0
         structured = config.pattern == "structured"
         # before the layers are swapped: a trace does not see through ours
         groups = find_groups(model, config.targets, self.example_inputs) if structured else []
@@ -488,8 +488,8 @@ def _average_over_processes(stats: LayerStats) -> None:
 
     if dist.is_available() and dist.is_initialized():
         if stats.gradient is not None:
+            stats.gradient = stats.gradient / dist.get_world_size()
             dist.all_reduce(stats.gradient)
-            stats.gradient /= dist.get_world_size()
         if stats.input_norms is not None:
             squares = stats.input_norms.square()
             dist.all_reduce(squares)

@@ -36,13 +36,13 @@ def sequential(model: nn.Module) -> nn.Module:
     """
     found: list[Any] = [model.get_submodule(layer.name) for layer in lora_layers(model)]
     for layer, module in zip(lora_layers(model), found, strict=True):
-        base = module.get_base_layer()
+        base, B = module.get_base_layer(), module.lora_B[module.active_adapters[0]].weight
         if isinstance(base, nn.Conv2d) or not base.weight.is_floating_point():
             raise ValueError(
                 f"{layer.name!r} is {'a convolution' if isinstance(base, nn.Conv2d) else 'quantised'}; "
                 "a sequential LoRA needs a plain linear layer: leave it out of target_modules"
             )
-        if bool(layer.B.weight.detach().any()):
+        if bool(B.detach().any()):
             raise ValueError(
                 f"the LoRA of {layer.name!r} has been trained (B is not zero); "
                 "turn it sequential right after get_peft_model"
