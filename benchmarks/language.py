@@ -19,7 +19,7 @@ from serpette import zoo
 from serpette.data.store import write_json
 from serpette.evaluate import paired_over_seeds, seeds_interval
 from serpette.tuning import trainable
-from serpette.weights import PruneConfig, attach, prune
+from serpette.weights import PruneConfig, attach
 
 TOKENS, BATCH, STEPS, TEST, RATE = 64, 4, 20, 64, 5e-4
 ARMS = (
@@ -64,17 +64,14 @@ def run_arm(model: nn.Module, arm: str, seed: int) -> dict[str, Any]:
     model = trainable(model, None, "lora", rank=8, alpha=16)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: STEPS * BATCH]
     cpu, pruner = time.process_time(), None
-    if method == "taylor_once":
-        batches = [{"input_ids": t, "labels": t} for t in train[order[:12]].split(BATCH)]
-        pruner = prune(model, "taylor", sparsity, loader=batches, pattern="structured", progress=False)
-    elif sparsity:
+    if sparsity:
         config = PruneConfig(METHODS[method][1], sparsity, pattern="structured", seed=seed)
         pruner = attach(model, config, STEPS)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
     for step, rows in enumerate(order.split(BATCH)):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
         losses(model, train[rows]).mean().backward()
-        if pruner is not None and method != "taylor_once":
+        if pruner is not None:
             pruner.step()
         optimizer.step()
         optimizer.zero_grad()
