@@ -149,9 +149,7 @@ def test_unknown_name():
 
 def test_an_importance_of_the_other_kind_is_refused():
     for method in ("lora_prune", LoraPrune()):
-        with pytest.raises(
-            ValueError, match="'lora_prune' does not rank neurons; those that do: magn"
-        ):
+        with pytest.raises(ValueError, match="'lora_prune' does not rank neurons; those that do: magn"):
             neurons.make(method)
     for method in ("qm_taylor", QMTaylor()):
         with pytest.raises(
