@@ -361,7 +361,7 @@ def test_overrides_of_the_pruning(serpette, recipe, module):
     assert code == 0, err
     assert (ran[0].prune.sparsity, ran[0].prune.importance) == (0.7, "magnitude")
     code, _, err = serpette("run", recipe, "--prune.sparsity", "7")
-    assert code == 2 and "prune.sparsity=7.0" in err
+    assert code == 2 and "prune: sparsity=7.0" in err
 
 
 def test_prune_is_a_recipe(serpette, module, tmp_path):

@@ -123,11 +123,11 @@ def model(folder: Path, quick: bool) -> dict:
         batch = {k: v.to(DEVICE) for k, v in batch.items()}
         plain = lora(make)
         optimizer = torch.optim.AdamW([p for p in plain.parameters() if p.requires_grad], 1e-6, fused=True)
-        kept = {"lora": saved_bytes(plain, **batch)}
+        kept = {"lora": saved_bytes(plain, batch)}
         table[name] = {"saved_bytes": kept}
         for kind in KINDS:
             other, pruner, its = half_pruned(kind, make)
-            kept[kind] = saved_bytes(other, **batch)
+            kept[kind] = saved_bytes(other, batch)
             scored = pruner if "scored" in kind else None
             file = folder / f"{name}-{kind.replace(', ', '-').replace(' ', '_')}-{{}}.json"
             a, b = _step(other, its, batch, scored), _step(plain, optimizer, batch, None)
