@@ -30,7 +30,7 @@ install: $(STAMP)  ## make .venv and install into it (the others do this by them
 demo: $(STAMP)  ## prune Fashion-MNIST, tune a real ViT on what is left; ends with the path of the report
 	@echo "==> fetching what the demo needs (once, about 120 MB)"
 	@$(BIN)/serpette fetch vit-s fashion-mnist
-	@echo "==> running recipes/demo.yaml (5 to 6 minutes on 2 quiet cores; goes on where it stopped)"
+	@echo "==> running recipes/demo.yaml (under 10 minutes on 2 quiet cores; goes on where it stopped)"
 	@$(BIN)/serpette run recipes/demo.yaml
 
 test: $(STAMP)  ## the tests (under 10 minutes on 2 cores); some of them: make test ARGS="tests/test_cli.py"
