@@ -133,18 +133,17 @@ def shrink(
     from .data.store import write_json
     from .weights.load import NOTE, load, save_shrunk
     from .weights.shrink import shrink as shrunk
+    from .zoo.quiet import quiet_transformers
 
     if out.exists() and out.samefile(folder):
         raise ValueError(f"out={str(out)!r} is the folder of the model itself; name another")
-    model = load(folder)
-    small = shrunk(model, ragged=ragged, round_to=round_to)
-    note = save_shrunk(small, out)
+    with quiet_transformers():
+        model = load(folder)
+        small = shrunk(model, ragged=ragged, round_to=round_to)
+        note = save_shrunk(small, out)
     for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".txt", ".model") and file.name not in (
-            "config.json",
-            "result.json",
-            NOTE,
-        ):
+        own = ("config.json", "result.json", NOTE)
+        if file.suffix in (".json", ".txt", ".model") and file.name not in own:
             if not (out / file.name).exists() and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, out / file.name)
     sizes = {
