@@ -7,9 +7,11 @@ of an EfficientNet-lite0 at 64 px.
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import adapters
@@ -22,6 +24,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from serpette import zoo
 from serpette.data.examples import Examples
+from serpette.data.store import write_json
 
 SIZE, SEEDS, BATCH = 500, 5, 16
 TEST = {"fashion-vit": 1500, "movies-minilm": 1000, "fashion-effnet": 1000}
@@ -166,3 +169,33 @@ def predict(model: nn.Module, name: str, examples: Any) -> Tensor:
     with torch.inference_mode(), precision(name):
         parts = [model(**examples[r].inputs()).logits for r in torch.arange(len(examples)).split(100)]
     return torch.cat(parts).float()
+
+
+def choose_rates(
+    file: Path,
+    rates: dict[str, tuple[float, ...]],
+    task: Callable[[], tuple[Any, Tensor, Any, Tensor]],
+    adapt: Callable[[str, Any, Tensor], nn.Module],
+    name: str,
+    epochs: int,
+) -> dict[str, float]:
+    """{kind: learning rate of least validation loss}, on the `task` of the extra seed; kept in `file`.
+
+    Half of its examples train. The head comes first, and its rate is the head's in the others.
+    """
+    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    for kind in [kind for kind in rates if kind not in found]:
+        examples, labels, _, _ = task()
+        train, held = torch.arange(len(labels)).tensor_split([len(labels) // 2])
+        losses = {}
+        for rate in rates[kind]:
+            model = adapt(kind, examples[train], labels[train])
+            head_rate = found["head"]["learning_rate"] if found else rate
+            tune(model, name, examples[train], labels[train], SEEDS, head_rate, rate, epochs)
+            losses[rate] = float(cross_entropy(predict(model, name, examples[held]), labels[held]))
+        found[kind] = {
+            "learning_rate": min(losses, key=lambda r: losses[r]),
+            "validation_loss": {f"{r:g}": v for r, v in losses.items()},
+        }
+        write_json(file, found)
+    return {kind: entry["learning_rate"] for kind, entry in found.items()}

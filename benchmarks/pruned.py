@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import classifiers
 import numpy as np
 import torch
 from classifiers import BATCH, SEEDS, TEST, data, head_of, new_model, predict, tune
@@ -204,27 +205,14 @@ def rate_file(folder: Path, name: str) -> Path:
 def choose_rates(name: str, folder: Path) -> dict[str, float]:
     """{family: learning rate of least validation loss}, unpruned, by the extra seed."""
     torch.set_num_threads(1)
-    file = rate_file(folder, name)
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    for kind, rates in RATES.items():
-        if kind in found:
-            continue
-        examples, labels, _, _ = task(name, SEEDS)
-        half = len(labels) // 2
-        train, held = torch.arange(half), torch.arange(half, len(labels))
-        losses = {}
-        for rate in rates:
-            model = adapt(name, "lora_prune_seq" if kind == "sequential" else kind, SEEDS)
-            head_rate = found["head"]["learning_rate"] if found else rate
-            epochs = _small.get("epochs", EPOCHS)
-            tune(model, name, examples[train], labels[train], SEEDS, head_rate, rate, epochs)
-            losses[rate] = float(cross_entropy(predict(model, name, examples[held]), labels[held]))
-        found[kind] = {
-            "learning_rate": min(losses, key=lambda r: losses[r]),
-            "validation_loss": {f"{r:g}": v for r, v in losses.items()},
-        }
-        write_json(file, found)
-    return {kind: entry["learning_rate"] for kind, entry in found.items()}
+
+    def fresh(kind: str, *seen: Any) -> nn.Module:
+        return adapt(name, "lora_prune_seq" if kind == "sequential" else kind, SEEDS)
+
+    epochs = _small.get("epochs", EPOCHS)
+    return classifiers.choose_rates(
+        rate_file(folder, name), RATES, lambda: task(name, SEEDS), fresh, name, epochs
+    )
 
 
 def chosen_rates(folder: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import classifiers
 import torch
 from classifiers import BATCH, SEEDS, SIZE, TEST, data, head_of, new_model, predict, tune
 from torch import Tensor, nn
@@ -135,27 +136,13 @@ def rate_file(folder: Path, name: str) -> Path:
 
 def choose_rates(name: str, folder: Path) -> dict[str, float]:
     """{family: learning rate of least validation loss}, by the extra seed."""
-    file = rate_file(folder, name)
-    found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
-    for kind, rates in RATES.items():
-        if kind in found:
-            continue
-        examples, labels, _, _ = task(name, SEEDS)
-        half = len(labels) // 2
-        train, held = torch.arange(half), torch.arange(half, len(labels))
-        losses = {}
-        for rate in rates:
-            arm = "rows/magnitude" if kind == "rows" else kind
-            model, _ = adapt(name, arm, SEEDS, examples[train], labels[train])
-            head_rate = found["head"]["learning_rate"] if found else rate
-            tune(model, name, examples[train], labels[train], SEEDS, head_rate, rate, epochs())
-            losses[rate] = float(cross_entropy(predict(model, name, examples[held]), labels[held]))
-        found[kind] = {
-            "learning_rate": min(losses, key=lambda r: losses[r]),
-            "validation_loss": {f"{r:g}": v for r, v in losses.items()},
-        }
-        write_json(file, found)
-    return {kind: entry["learning_rate"] for kind, entry in found.items()}
+
+    def fresh(kind: str, *seen: Any) -> nn.Module:
+        return adapt(name, "rows/magnitude" if kind == "rows" else kind, SEEDS, *seen)[0]
+
+    return classifiers.choose_rates(
+        rate_file(folder, name), RATES, lambda: task(name, SEEDS), fresh, name, epochs()
+    )
 
 
 def cell_file(folder: Path, name: str, seed: int) -> Path:

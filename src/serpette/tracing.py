@@ -8,6 +8,7 @@ embeddings and grouped KV heads, so the channels that meet are joined here.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 Side = Literal["rows", "columns"]  # of a weight: outputs and inputs
+ATTENTION = re.compile(r"(.*\.)?[^.]*[aA]tt(n|ention)[^.]*(\..*)?")  # names of modules in attention blocks
 
 
 @contextmanager

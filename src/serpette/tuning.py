@@ -107,7 +107,7 @@ def _peft_config(
 
 def _attention(model: nn.Module) -> str:
     """The pattern of modules inside attention blocks."""
-    from .rows.config import ATTENTION
+    from .tracing import ATTENTION
 
     if not any(ATTENTION.fullmatch(name) for name, _ in model.named_modules()):
         raise ValueError(

@@ -11,8 +11,6 @@ from typing import Literal
 from peft import PeftConfig
 
 Mode = Literal["rows", "columns", "both"]
-# the whole name of a module in an attention block
-ATTENTION = re.compile(r"(.*\.)?[^.]*[aA]tt(n|ention)[^.]*(\..*)?")
 
 
 class RowsType(str, Enum):

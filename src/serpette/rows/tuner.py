@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..importance import neurons
 from ..registry import near
-from .config import ATTENTION, RowConfig, RowsType, ends_with
+from ..tracing import ATTENTION
+from .config import RowConfig, RowsType, ends_with
 from .layer import RowLayer, row_layers, update_counts
 from .layers import RowConv, RowLinear, RowNorm, layer_class
 from .ranking import initial_rows

@@ -35,8 +35,8 @@ class PruneConfig:
         exclude: names, parts of names or patterns of modules that are left alone.
         mask_grad: gradient of LoRA through the mask: `"ste"` as cheap as LoRA, `"exact"` up to 1.5 times a
             step, `"cv"` between them. Only unstructured and n:m masks and linear layers know a difference.
-        every_k: weights are scored and cut at each k-th step; None: each of the first 1,000 steps a training
-            has, every 10th of longer ones, in between as needed for 100 of them.
+        every_k: weights are scored and cut at each k-th step; None: a hundredth of the steps, from 1 to 10:
+            a training has a hundred of them, and a long one does not pay for more than each tenth.
         average: decay of the running average of the scores at each step, in [0, 1); 0.9 remembers some
             10 steps. Only where an importance is averaged.
         start, end: shares of the steps before the first and after the last cut. LoRAPrune, Section 4.1.

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import unfold
 
 from ..lora_gradients import lora_layers
+from ..tracing import ATTENTION
 from ..types import LayerStats
 from .groups import Targets
 from .masked import MaskedLora, MaskGrad, masked_class
-from .sequential import _check_dropout
+from .sequential import check_dropout
 
-ATTENTION = re.compile(r"(.*\.)?[^.]*[aA]tt(n|ention)[^.]*(\..*)?")
 PREFIX = re.compile(r"^base_model\.model\.")
 SQUARES = "input_squares"
 
@@ -226,7 +226,7 @@ class PrunedLayer:
             hook.remove()
         self._hooks.clear()
         self.state.clear()
-        self._squares = self.products = None
+        self.products = None
 
 
 def pruned_layers(
@@ -307,7 +307,7 @@ def _plain_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _check_lora(name: str, module: Any) -> None:
-    _check_dropout(name, module)
+    check_dropout(name, module)
     adapter = module.active_adapters[0]
     if module.lora_B[adapter].bias is not None:
         raise ValueError(

@@ -77,7 +77,7 @@ class MaskedLora:
 
     @property
     def scale(self) -> float:
-        """S."""
+        """The factor s of B A."""
         return float(cast(Any, self).scaling[self.adapter()])
 
     def factors(self) -> tuple[Tensor, Tensor]:

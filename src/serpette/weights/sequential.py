@@ -34,8 +34,9 @@ def sequential(model: nn.Module) -> nn.Module:
     >>> sequential(net).base_model.model[0].lora_B["default"].weight.shape
     torch.Size([6, 2])
     """
-    found: list[Any] = [model.get_submodule(layer.name) for layer in lora_layers(model)]
-    for layer, module in zip(lora_layers(model), found, strict=True):
+    layers = lora_layers(model)
+    found: list[Any] = [model.get_submodule(layer.name) for layer in layers]
+    for layer, module in zip(layers, found, strict=True):
         base, B = module.get_base_layer(), module.lora_B[module.active_adapters[0]].weight
         if isinstance(base, nn.Conv2d) or not base.weight.is_floating_point():
             raise ValueError(
@@ -47,7 +48,7 @@ def sequential(model: nn.Module) -> nn.Module:
                 f"the LoRA of {layer.name!r} has been trained (B is not zero); "
                 "turn it sequential right after get_peft_model"
             )
-        _check_dropout(layer.name, module)
+        check_dropout(layer.name, module)
     for module in found:
         name = module.active_adapters[0]
         B, inputs = module.lora_B[name].weight, module.lora_A[name].weight.shape[1]
@@ -84,7 +85,8 @@ def _to_parallel(module: Any) -> None:
     module.zero_cut()
 
 
-def _check_dropout(name: str, module: Any) -> None:
+def check_dropout(name: str, module: Any) -> None:
+    """Refuses a LoRA layer with dropout."""
     rate = max((getattr(m, "p", 0.0) for m in module.lora_dropout.values()), default=0.0)
     if rate:
         raise ValueError(
