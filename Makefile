@@ -1,6 +1,6 @@
 # A machine with Python >= 3.10, make and pip is enough. Another interpreter: make demo PYTHON=python3.12
 .DEFAULT_GOAL := help
-.PHONY: help install demo test oldest lint bench clean
+.PHONY: help install demo test oldest lint bench docs clean
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -53,5 +53,11 @@ lint: $(STAMP)  ## ruff, format, pyright, and that imports point one way
 bench: $(STAMP)  ## one benchmark: make bench NAME=dlc_speed
 	@$(BIN)/serpette bench $(if $(NAME),$(NAME),--list) $(ARGS)
 
-clean:  ## remove .venv and caches; runs/ and the zoo stay
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+docs: $(STAMP)  ## the pages with the reference of the Python names; ends with the path of the first
+	@echo "==> building the pages"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[docs]' -c constraints.txt
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo site/index.html
+
+clean:  ## remove .venv, site and caches; runs/ and the zoo stay
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .hypothesis

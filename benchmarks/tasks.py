@@ -22,10 +22,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
-from scipy.optimize import minimize
 from torch import Tensor
 
 from serpette import zoo
+from serpette.adviser.head import fit_head
 from serpette.data import budget
 from serpette.data.examples import Examples
 from serpette.data.observe import observe
@@ -42,6 +42,7 @@ SETS: dict[str, tuple[str, int, int, str, dict[str, int], int]] = {
     "fashion-vit": ("fashion-mnist", 8000, 5000, "vit-s", VIT, 64),
     "fashion-effnet": ("fashion-mnist", 3000, 2000, "efficientnet-lite0", LITE, 64),
     "movies-minilm": ("movie-snippets", 6000, 2000, "minilm-l6", {}, 32),
+    "movies-rating": ("movie-snippets:rating", 6000, 2000, "minilm-l6", {}, 32),  # a regression: no path
 }
 
 
@@ -77,25 +78,28 @@ def features(name: str, pool_size: int | None = None, test_size: int | None = No
     pool_limit, test_limit = pool_size or pool_limit, test_size or test_limit
     file = cache() / f"{name}-{pool_limit}-{test_limit}.safetensors"
     if not file.exists():
-        model = zoo.load_model(model_name, **options)
+        regression = source.endswith(":rating")
+        model = zoo.load_model(model_name, task="regression" if regression else None, **options)
         image = {k: v for k, v in options.items() if k == "image_size"}
         processor = zoo.load_processor(model_name, **image)
         train = zoo.load_dataset(source, "train", limit=pool_limit)
         test = zoo.load_dataset(source, "test", limit=test_limit)
-        if source == "movie-snippets":  # texts of a length side by side: batches with less padding
+        if source.startswith("movie-snippets"):  # texts of a length side by side: batches with less padding
             train, test = (
                 d.select(np.argsort([len(t) for t in d["text"]], kind="stable")) for d in (train, test)
             )
         seen = []
-        for part, data, scorers in (("train", train, [DLC(points=POINTS)]), ("test", test, [])):
+        path = [] if regression else [DLC(points=POINTS)]
+        for part, data, scorers in (("train", train, path), ("test", test, [])):
             examples = Examples(data, processing_class=processor)
             folder = cache() / "observed" / f"{file.stem}-{part}"
             seen.append(observe(model, examples, scorers, batch_size=batch_size, folder=folder))
         pool, held_out = seen[0].signals, seen[1].signals
-        (path,) = pool.paths.values()
-        stacked = torch.empty(len(path.points), *pool.embeddings.shape)
-        for rows, part in path.chunks():
-            stacked[:, rows] = part
+        stacked = pool.embeddings[None].clone()
+        for path in pool.paths.values():
+            stacked = torch.empty(len(path.points), *pool.embeddings.shape)
+            for rows, part in path.chunks():
+                stacked[:, rows] = part
         tensors = {
             "path": stacked,
             "labels": pool.labels,
@@ -157,10 +161,11 @@ def draw(
             that the seed permutes. The test set is never touched.
         paths: which the scorers will look up; each gets the pool's models, as many as it has points.
     """
-    assert make_up in MAKE_UPS
+    assert make_up in MAKE_UPS and (pool.num_classes or make_up == "clean")
     rng = np.random.default_rng([seed, 2026])
-    quotas = budget.split(pool.labels, size)
-    rows = [rng.permutation(np.flatnonzero(pool.labels.numpy() == c))[:quota] for c, quota in quotas.items()]
+    group = pool.labels if pool.num_classes else torch.zeros(len(pool.labels), dtype=torch.long)
+    quotas = budget.split(group, size)
+    rows = [rng.permutation(np.flatnonzero(group.numpy() == c))[:quota] for c, quota in quotas.items()]
     if make_up == "long_tail":
         shares = TAIL ** (-rng.permutation(len(rows)) / (len(rows) - 1))
         rows = [r[: max(1, round(len(r) * share))] for r, share in zip(rows, shares, strict=True)]
@@ -201,49 +206,6 @@ def draw(
 
 
 PENALTIES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
-
-
-def fit_head(x_ND: Tensor, y_N: Tensor, num_classes: int, penalty: float) -> tuple[Tensor, Tensor]:
-    """Logistic regression: weights (D, C), bias (C,) of least mean cross-entropy + penalty / 2 ||W||^2.
-
-    L-BFGS in the coordinates V = R W with R'R = X'X / 2N + penalty: a bound of the Hessian (Boehning 1992),
-    which makes the problem round and saves most of the iterations.
-    """
-    N, D, C = len(x_ND), x_ND.shape[1], num_classes
-    mean_D = x_ND.mean(0)
-    z_ND = x_ND - mean_D
-    R_DD = torch.linalg.cholesky(z_ND.T @ z_ND / (2 * N) + penalty * torch.eye(D), upper=True)
-    inverse_DD = torch.linalg.solve_triangular(R_DD, torch.eye(D), upper=True)
-    z_ND = torch.cat([z_ND @ inverse_DD, torch.ones(N, 1)], 1).numpy()  # the last column is the bias
-    metric_DD = penalty * (inverse_DD.T @ inverse_DD).numpy()  # penalty ||W||^2 = V' metric V
-    z_DN, truth = np.ascontiguousarray(z_ND.T), (np.arange(N), y_N.numpy())
-
-    def loss_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        V_DC = flat.reshape(D + 1, C).astype(np.float32)
-        logits_NC = z_ND @ V_DC
-        logits_NC -= logits_NC.max(1, keepdims=True)
-        right_N = logits_NC[truth]
-        p_NC = np.exp(logits_NC, out=logits_NC)
-        sum_N1 = p_NC.sum(1, keepdims=True)
-        p_NC /= sum_N1
-        p_NC[truth] -= 1
-        gradient = z_DN @ p_NC / N
-        pull_DC = metric_DD @ V_DC[:-1]
-        gradient[:-1] += pull_DC
-        loss = (np.log(sum_N1[:, 0], dtype=np.float64) - right_N).mean() + (V_DC[:-1] * pull_DC).sum() / 2
-        return float(loss), gradient.ravel().astype(np.float64)
-
-    start = np.zeros((D + 1) * C)
-    found = minimize(
-        loss_and_gradient,
-        start,
-        jac=True,
-        method="L-BFGS-B",
-        options={"maxiter": 200, "gtol": 2e-5, "ftol": 1e-8},
-    )
-    V_DC = torch.from_numpy(found.x.reshape(D + 1, C)).float()
-    W_DC = inverse_DD @ V_DC[:-1]
-    return W_DC, V_DC[-1] - mean_D @ W_DC
 
 
 def choose_penalty(task: Task, k: int, seed: int) -> float:

@@ -16,7 +16,8 @@ from serpette.types import Signals
 from serpette.zoo import ZooError
 
 COMMANDS = [
-    "list", "fetch", "score", "select", "run", "report", "prune", "shrink", "memory", "bench", "doctor",
+    "list", "fetch", "score", "select", "run", "report", "compare", "prune", "shrink", "memory", "bench",
+    "doctor",
 ]  # fmt: skip
 
 
@@ -117,6 +118,8 @@ def test_list(serpette, kind, name):
         (["fetch", "vit-x"], "vit-s"),
         (["run", "none.yaml"], "none.yaml"),
         (["report", "none"], "result.json"),
+        (["compare", "none"], "serpette run RECIPE.yaml --out none"),
+        (["compare"], "no arm to compare"),
         (["score", "--model", "m", "--dataset", "d", "--out", "o", "--limit", "0"], "limit=0"),
         (["score", "--model", "m", "--dataset", "d", "--out", "o", "--scorer", "less"], "--target"),
         (["score", "--model", "m", "--dataset", "d", "--out", "o", "--rank", "0"], "rank=0"),
@@ -297,6 +300,25 @@ def test_report_writes_the_page_anew(serpette, module, tmp_path):
     assert serpette("report", tmp_path)[:2] == (0, f"{tmp_path / 'report.html'}\n")
 
 
+def test_compare_shows_and_writes_what_it_found(serpette, tmp_path):
+    from test_comparing import N, make_arm, make_run
+
+    each = {name: {0: [1] * n + [0] * (N - n)} for name, n in (("full", 30), ("lora", 29))}
+    run = make_run(tmp_path / "a", [make_arm("full", 0.75, 99.0), make_arm("lora", 0.725, 5.0)], each=each)
+    code, out, _ = serpette("compare", run)
+    assert code == 0 and out.startswith("lora was the cheapest arm") and "a: lora" in out and "−2.5" in out
+    code, out, _ = serpette("compare", run, "--baseline", "a:lora", "--json")
+    assert code == 0 and json.loads(out)["baseline"] == "a: lora"
+    code, out, _ = serpette("compare", run, "--out", tmp_path / "out")
+    assert code == 0 and out.splitlines()[-1] == str(tmp_path / "out" / "report.html")
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["kind"] == "comparison"
+    assert "lora was the cheapest arm" in (tmp_path / "out" / "report.html").read_text()
+    before = (run / "result.json").read_bytes()
+    assert serpette("compare", run, "--out", tmp_path / "out")[0] == 0  # its own are written over
+    code, _, err = serpette("compare", run, "--out", run)
+    assert code == 2 and "name another" in err and (run / "result.json").read_bytes() == before
+
+
 def test_bench(serpette, monkeypatch, tmp_path):
     folder = tmp_path / "benchmarks" / "tiny_bench"
     folder.mkdir(parents=True)
@@ -379,7 +401,7 @@ def test_prune_is_a_recipe(serpette, module, tmp_path):
     assert "01-pruned/model" in out and "report.html" in out
     (job,) = ran
     assert [job.prune_of(arm) is None for arm in job.arms] == [True, False]
-    assert job.prune.shrink and job.prune.sparsity == 0.4 and job.tune.rank == 4 and job.tune.alpha == 8
+    assert job.shrink is not None and job.prune.sparsity == 0.4 and job.tune.rank == 4 and job.tune.alpha == 8
     for wrong, said in (
         (["--sparsity", "40"], "did you mean 0.4"),
         (["--shrink"], "means nothing to pattern"),

@@ -42,5 +42,5 @@ def test_the_demo_recipe_on_few_images(tmp_path):
     assert len(result["data"]["classes"]) == 10
     assert all(kept >= 1 for arm in result["arms"] for kept in arm["kept_by_class"])
     page = report.read_text(encoding="utf-8")
-    assert "The weights, before and after" in page and "cut 50" in page
+    assert "The model, before and after" in page and "cut 50" in page
     assert "Ankle boot" in page and page.count("data:image/png;base64,") >= 20

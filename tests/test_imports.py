@@ -36,12 +36,17 @@ PLAN = {
     "recipe": {"registry", "scorers", "data", "importance", "weights"},  # it checks the names of methods
     "scoring": GROUND | {"data", "tuning"},
     "arms": GROUND | {"data", "evaluate"},
+    "opening": GROUND | {"data"},
+    "comparing": GROUND | {"cost", "evaluate", "report"},
     "doctor": {"zoo"},
 }
 PLAN["pipeline"] = set(PLAN) - {"doctor"}
-PLAN["cli_tuning"] = set(PLAN) - {"doctor"}
+PLAN["adviser"] = set(PLAN) - {"doctor"}
+COMMANDS = {"cli", "cli_advise", "cli_reports", "cli_tuning"}
+for room in COMMANDS - {"cli"}:
+    PLAN[room] = set(PLAN) - COMMANDS - {"doctor"}
 PLAN["cli"] = set(PLAN)
-PLAN["__init__"] = set(PLAN) - {"cli", "cli_tuning", "doctor"}
+PLAN["__init__"] = set(PLAN) - COMMANDS - {"doctor"}
 
 METHOD_ROOMS = ("scorers", "importance", "data.selectors")
 METHOD_TOP = {"torch", "numpy"} | set(sys.stdlib_module_names)

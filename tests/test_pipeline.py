@@ -92,7 +92,7 @@ def test_what_a_run_writes(finished):
 
 
 def test_a_run_that_is_finished_is_not_run_again(places, finished, monkeypatch):
-    monkeypatch.setattr("serpette.pipeline.arm.train", lambda *a, **k: pytest.fail("tuned again"))
+    monkeypatch.setattr("serpette.pipeline.tune.train", lambda *a, **k: pytest.fail("tuned again"))
     before = result(finished)["arms"]
     run(load(recipe_file(places, finished)), progress=False)
     assert result(finished)["arms"] == before
@@ -262,16 +262,16 @@ def test_several_seeds(seeds_done):
 
 
 def test_a_killed_run_of_seeds_trains_only_what_is_missing(seeds_done, monkeypatch, tmp_path):
-    from serpette.pipeline import arm as one_arm
+    from serpette.pipeline import tune as stage
 
-    out, trained, train = seeds_done.folder, [], one_arm.train
+    out, trained, train = seeds_done.folder, [], stage.train
     before = result(out)
     part = out / "seeds" / "1"
     (out / "result.json").unlink()
     (part / "result.json").unlink()
     gone = sorted((part / "arms").iterdir())[-1]
     gone.unlink()
-    monkeypatch.setattr(one_arm, "train", lambda *a, **k: trained.append(a) or train(*a, **k))
+    monkeypatch.setattr(stage, "train", lambda *a, **k: trained.append(a) or train(*a, **k))
     run(seeds_done, progress=False)
     assert len(trained) == 1 and gone.exists()
     after = result(out)
@@ -384,10 +384,10 @@ def small_rows(places, tmp_path_factory):
 
 
 def test_arms_that_differ_in_what_trains(small_rows, monkeypatch):
-    from serpette.pipeline import arm as one_arm
+    from serpette.pipeline import tune as stage
 
-    ranked, rank = [], one_arm.rank
-    monkeypatch.setattr(one_arm, "rank", lambda *a: ranked.append((a[1], a[3])) or rank(*a))
+    ranked, rank = [], stage.rank
+    monkeypatch.setattr(stage, "rank", lambda *a: ranked.append((a[1], a[3])) or rank(*a))
     run(small_rows, progress=False)
     got = result(small_rows.folder)
     arms = {arm["name"]: arm for arm in got["arms"]}
@@ -407,15 +407,15 @@ def test_arms_that_differ_in_what_trains(small_rows, monkeypatch):
 
 
 def test_a_killed_run_of_rows_goes_on(small_rows, monkeypatch):
-    from serpette.pipeline import arm as one_arm
+    from serpette.pipeline import tune as stage
 
-    out, trained, train = small_rows.folder, [], one_arm.train
+    out, trained, train = small_rows.folder, [], stage.train
     before = result(out)
     (out / "result.json").unlink()
     (out / "seeds" / "1" / "result.json").unlink()
     gone = next((out / "seeds" / "1" / "arms").glob("*-rows_taylor.json"))
     gone.unlink()
-    monkeypatch.setattr(one_arm, "train", lambda *a, **k: trained.append(a) or train(*a, **k))
+    monkeypatch.setattr(stage, "train", lambda *a, **k: trained.append(a) or train(*a, **k))
     run(small_rows, progress=False)
     assert len(trained) == 1 and gone.exists()
     after = result(out)
@@ -425,17 +425,16 @@ def test_a_killed_run_of_rows_goes_on(small_rows, monkeypatch):
 
 
 def test_rows_are_ranked_on_examples_of_each_class(small_rows):
-    from serpette.pipeline.arm import _seen
     from serpette.pipeline.job import Job
     from serpette.pipeline.progress import Sayer
+    from serpette.pipeline.tune import seen
 
     one = dataclasses.replace(small_rows, seeds=1)
     job = Job(one, Sayer(False), small_rows.folder / "seeds" / "0", one.seed)
     positions = torch.arange(2, 20)
     labels = job.scores.signals.labels
     for count in (3, 7, 50):
-        tune = dataclasses.replace(one.tune, importance_examples=count)
-        seen = _seen(job, tune, positions)
-        assert len(seen) == len(set(seen.tolist())) == min(count, 18)
-        assert set(seen.tolist()) <= set(positions.tolist()) and len(labels[seen].unique()) == 3
-        assert _seen(job, tune, positions).tolist() == seen.tolist()
+        found = seen(job, count, positions)
+        assert len(found) == len(set(found.tolist())) == min(count, 18)
+        assert set(found.tolist()) <= set(positions.tolist()) and len(labels[found].unique()) == 3
+        assert seen(job, count, positions).tolist() == found.tolist()

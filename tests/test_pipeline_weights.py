@@ -22,7 +22,7 @@ def result(out: Path) -> dict:
 def small_prune(places, tmp_path_factory):
     """recipes/minilm_prune.yaml with a tiny model, two seeds, and a cut on a part of the data."""
     recipe = load(RECIPES / "minilm_prune.yaml")
-    prune = {"pattern": "structured", "round_to": 1, "shrink": True, "sparsity": 0.5}
+    prune = {"pattern": "structured", "round_to": 1, "sparsity": 0.5}
     arms = {arm.name: arm for arm in recipe.arms}
     return dataclasses.replace(
         recipe,
@@ -36,7 +36,7 @@ def small_prune(places, tmp_path_factory):
             arms["random"],
             arms["lora_prune"],
             ArmSpec("half", None, "random", 0.5),
-            ArmSpec("half, shrunk", None, "random", 0.5, prune=prune),
+            ArmSpec("half, shrunk", None, "random", 0.5, prune=prune, shrink={}),
         ),
     )
 
@@ -75,7 +75,7 @@ def test_arms_whose_weights_are_pruned(pruned):
     assert losses["of"] == len(losses["layers"]) and len(losses["layers"][0]["losses"]) == 4
     assert not any("sensitivity" in one for arm in got["arms"] for one in arm["by_seed"][1:])
     page = (pruned / "report.html").read_text()
-    assert "The weights, before and after" in page and "Nothing gets faster where" in page
+    assert "The model, before and after" in page and "Nothing gets faster where" in page
 
 
 def test_what_is_saved_is_what_was_measured(pruned, places):
@@ -101,14 +101,14 @@ def test_what_is_saved_is_what_was_measured(pruned, places):
 
 
 def test_a_killed_run_of_prunings_goes_on(small_prune, pruned, monkeypatch):
-    from serpette.pipeline import arm as one_arm
+    from serpette.pipeline import tune as stage
 
-    trained, train, before = [], one_arm.train, result(pruned)
+    trained, train, before = [], stage.train, result(pruned)
     (pruned / "result.json").unlink()
     (pruned / "seeds" / "1" / "result.json").unlink()
     gone = pruned / "seeds" / "1" / "arms" / "02-lora_prune.json"
     gone.unlink()
-    monkeypatch.setattr(one_arm, "train", lambda *a, **k: trained.append(a) or train(*a, **k))
+    monkeypatch.setattr(stage, "train", lambda *a, **k: trained.append(a) or train(*a, **k))
     run(small_prune, progress=False)
     assert len(trained) == 1 and gone.exists()
     after = result(pruned)

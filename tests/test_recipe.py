@@ -8,9 +8,11 @@ import pytest
 from serpette.recipe import (
     ArmSpec,
     DataSpec,
+    EvaluateSpec,
     ModelSpec,
     PruneSpec,
     Recipe,
+    ShrinkSpec,
     check,
     check_task,
     dump,
@@ -70,7 +72,8 @@ def test_the_demo_is_what_the_readme_says():
     ]
     first, last = recipe.arms[0], recipe.arms[-1]
     prune = recipe.prune_of(last)
-    assert prune is not None and (prune.pattern, prune.sparsity, prune.shrink) == ("structured", 0.5, True)
+    assert prune is not None and (prune.pattern, prune.sparsity) == ("structured", 0.5)
+    assert recipe.shrink_of(last) is not None and recipe.shrink_of(first) is None
     assert recipe.prune_of(first) is None and recipe.tune_of(first) == recipe.tune_of(last)
     assert {a.per_class for a in recipe.arms[1:]} == {True}
 
@@ -253,6 +256,7 @@ def test_settings_of_another_method_are_no_difference(file):
         "dropout",
         "target_modules",
         "freeze_attention",
+        "checkpointing",
     }
     rows = recipe.tune.adapter(7)
     assert rows["seed"] == 7 and rows["fraction"] == 0.05 and "importance_examples" not in rows
@@ -315,11 +319,12 @@ def test_an_importance_of_classes_needs_classes(file, task):
 def test_an_arm_changes_the_pruning(file):
     text = TINY + "prune: {sparsity: 0.3, importance: magnitude, exclude: [fc2]}"
     text = text.replace("{name: full}", "{name: full, prune: {sparsity: 0}}")
-    recipe = load(file(text.replace("keep: 0.3}", "keep: 0.3, prune: {pattern: structured, shrink: true}}")))
+    recipe = load(file(text.replace("keep: 0.3}", "keep: 0.3, prune: {pattern: structured}, shrink: {}}")))
     assert recipe.prune_of(recipe.arms[0]) is None, "none is cut at 0"
     cut = recipe.prune_of(recipe.arms[1])
     assert cut is not None and (cut.sparsity, cut.importance, cut.exclude) == (0.3, "magnitude", ("fc2",))
-    assert (cut.pattern, cut.shrink, cut.export) == ("structured", True, ("safetensors",))
+    assert cut.pattern == "structured" and recipe.shrink_of(recipe.arms[1]) == ShrinkSpec()
+    assert recipe.shrink_of(recipe.arms[0]) is None
     assert load(file(dump(recipe))) == recipe
     plain = load(file(TINY.replace("keep: 0.3}", "keep: 0.3, prune: {}}")))
     assert plain.prune is None and plain.prune_of(plain.arms[0]) is None
@@ -338,7 +343,20 @@ def test_an_arm_changes_the_pruning(file):
         ("pattern: '4:2'", "", ["arms.1.prune", "4:2"]),
         ("importance: lora_prun", "", ["arms.1.prune", "'lora_prun'", "'lora_prune'"]),
         ("importance: qm_taylor", "", ["importance 'qm_taylor'", "single weights", "magnitude"]),
-        ("importance: obs", "", ["importance='obs'", "one shot"]),
+        ("importance: obs", "", ["importance='obs'", "one shot", "tune.method: none"]),
+        ("importance: obs, scope: global", "method: none", ["layer by layer"]),
+        ("importance: lora_prune", "method: none", ["gradients of a LoRA", "tune.method='none'"]),
+        (
+            "importance: wanda, end: 0.2",
+            "method: none",
+            ["prune.end=0.2 means nothing to tune.method='none'"],
+        ),
+        ("importance_examples: 9", "", ["importance_examples=9 means nothing to tune.method='lora'"]),
+        (
+            "importance: wanda, importance_examples: 0",
+            "method: none",
+            ["importance_examples=0", "at least 1"],
+        ),
         ("importance_options: {a: 1}", "", ["'lora_prune' has no option 'a'"]),
         ("schedule: cubical", "", ["'cubical'", "'cubic'"]),
         ("start: 0.8", "", ["start=0.8 and end=0.3"]),
@@ -347,10 +365,7 @@ def test_an_arm_changes_the_pruning(file):
         ("every_k: 0", "", ["every_k=0", "at least 1"]),
         ("average: 1", "", ["average=1.0", "[0, 1)"]),
         ("round_to: 16", "", ["round_to=16 means nothing to pattern='unstructured'", "'structured'"]),
-        ("shrink: true", "", ["shrink=True means nothing to pattern='unstructured'"]),
-        ("pattern: structured, ragged: true", "", ["ragged=True needs shrink: true"]),
-        ("export: [onx]", "", ["arms.1.prune.export.0='onx'", "'onnx'"]),
-        ("export: [packed, packed]", "", ["export=", "a name twice"]),
+        ("shrink: true", "", ["unknown key arms.1.prune.shrink"]),
         ("sparsity: 0.5", "method: rows", ["arms.1.prune", "method='rows'", "'lora'"]),
         ("sparsity: 0.5", "method: dora", ["arms.1.prune", "method='dora'", "'lora'"]),
         ("sparsity: 0.5", "dropout: 0.1", ["arms.1.prune", "dropout=0.1 must be 0"]),
@@ -369,3 +384,62 @@ def test_what_trains_whole_may_be_pruned_by_magnitude(file):
     text = TINY.replace("keep: 0.3}", "keep: 0.3, prune: {importance: magnitude}}") + "tune: {method: full}"
     recipe = load(file(text))
     assert recipe.prune_of(recipe.arms[1]) == PruneSpec("magnitude")
+
+
+def test_an_arm_changes_what_becomes_of_its_model(file):
+    text = TINY + "prune: {pattern: structured}\nshrink: {ragged: true}\nexport: [packed]\n"
+    text += "evaluate: {batch_size: 3}"
+    text = text.replace("{name: full}", "{name: full, prune: {sparsity: 0}, evaluate: false}")
+    recipe = load(file(text.replace("keep: 0.3}", "keep: 0.3, shrink: {ragged: false}, export: []}")))
+    full, cut = recipe.arms
+    assert recipe.shrink_of(full) is None and recipe.shrink_of(cut) == ShrinkSpec()
+    assert recipe.export_of(full) == ("packed",) and recipe.export_of(cut) == ()
+    assert recipe.evaluate_of(full) is None and recipe.evaluate_of(cut) == EvaluateSpec(3, (1, 8), True)
+    assert recipe.evaluated and load(file(dump(recipe))) == recipe
+    more = load(file(text.replace("keep: 0.3}", "keep: 0.3, shrink: false, evaluate: {sensitivity: false}}")))
+    assert more.shrink_of(more.arms[1]) is None
+    assert more.evaluate_of(more.arms[1]) == EvaluateSpec(3, (1, 8), False)
+    plain = load(file(TINY))
+    assert plain.evaluate == EvaluateSpec() and plain.export_of(plain.arms[0]) is None
+    none = load(
+        file(TINY.replace("{train: digits}", "{train: digits, test_split: train}") + "evaluate: null")
+    )
+    assert not none.evaluated and none.evaluate_of(none.arms[0]) is None
+    whole = load(file(TINY + "evaluate: null"))
+    assert whole.evaluate_of(dataclasses.replace(whole.arms[0], evaluate=True)) == EvaluateSpec()
+
+
+def test_what_was_predicted(file):
+    recipe = load(file(TINY.replace("keep: 0.3}", "keep: 0.3, predicted: {loss: 1, low: 0.5}}")))
+    assert recipe.arms[1].predicted == {"loss": 1, "low": 0.5} and load(file(dump(recipe))) == recipe
+
+
+@pytest.mark.parametrize(
+    "whole, arm, said",
+    [
+        ("shrink: {}", "", ["shrink means nothing where no arm is pruned"]),
+        ("prune: {}\nshrink: {}", "", ["shrink means nothing to pattern='unstructured'", "structured"]),
+        ("shrink: {rag: true}", "", ["unknown key shrink.rag", "'ragged'"]),
+        ("prune: {}", "shrink: {}", ["arms.1.shrink means nothing to pattern='unstructured'"]),
+        ("", "shrink: {}", ["arms.1.shrink means nothing where no weight is pruned"]),
+        ("", "shrink: 3", ["arms.1.shrink=3", "a mapping or true or false"]),
+        ("", "shrink: {rag: 1}", ["unknown key arms.1.shrink.rag"]),
+        ("export: [onx]", "", ["export.0='onx'", "'onnx'"]),
+        ("", "export: [packed, packed]", ["arms.1.export=", "a name twice"]),
+        ("export: [adapter]\ntune: {method: full}", "", ["export=adapter", "'full' has no adapter"]),
+        ("prune: {}\nexport: [adapter]", "", ["export=adapter", "merged"]),
+        ("", "tune: {method: none}, export: [adapter]", ["arms.1.export=adapter", "'none' has no adapter"]),
+        ("evaluate: {batch_size: 0}", "", ["evaluate.batch_size=0", "at least 1"]),
+        ("", "evaluate: {latency_batch_sizes: [1, 0]}", ["arms.1.evaluate.latency_batch_sizes=[1, 0]"]),
+        ("", "evaluate: {latency: [1]}", ["unknown key arms.1.evaluate.latency"]),
+        ("", "predicted: {los: 1}", ["unknown key arms.1.predicted.los", "'loss'"]),
+        ("", "predicted: {loss: low}", ["arms.1.predicted.loss='low'", "a number"]),
+        ("tune: {method: none, checkpointing: true}", "", ["tune.checkpointing=True", "method: none"]),
+    ],
+)
+def test_bad_settings_of_the_later_stages(file, whole, arm, said):
+    text = TINY.replace("keep: 0.3}", f"keep: 0.3, {arm}}}" if arm else "keep: 0.3}") + whole
+    with pytest.raises(ValueError) as error:
+        load(file(text))
+    for words in ["tiny.yaml", *said]:
+        assert words in str(error.value)

@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import scorers, zoo
+    from .adviser import advise
     from .data import selectors
     from .data.dynamic import DynamicPruning
     from .data.observe import observe
@@ -37,6 +38,7 @@ _HOMES = {
     "Selection": ".data.pruner",
     "Selector": ".types",
     "Signals": ".types",
+    "advise": ".adviser",
     "attach": ".weights",
     "observe": ".data.observe",
     "prune": ".weights",

@@ -27,8 +27,11 @@ METRICS = {"classification": "accuracy", "regression": "r2", "causal-lm": "perpl
 # what an arm's differences to another are made of, by task; of a perplexity the loss, which has a mean
 COMPARED = {"classification": "accuracy", "regression": "accuracy", "causal-lm": "loss"}
 
-# of an arm, the same for all seeds
-SETTINGS = ("name", "scorer", "select", "keep", "per_class", "epochs", "method", "tune", "prune")
+# of an arm, the same for all seeds, but for what is exported of the first alone
+SETTINGS = (
+    "name", "scorer", "select", "keep", "per_class", "epochs", "method", "tune", "prune", "predicted",
+    "export",
+)  # fmt: skip
 # by what an arm chooses its examples
 DATA = ("scorer", "select", "keep", "per_class")
 
@@ -192,8 +195,10 @@ def mean_of_seeds(parts: list[dict[str, Any]]) -> dict[str, Any]:
             for part, one in zip(parts, each, strict=True)
         ]
         means = {key: _mean([one.get(key) for one in each]) for key in arm if key not in same}
-        _, low, high = seeds_interval([one[metric] for one in each])
-        arms.append(same | means | {"interval": [low, high], "by_seed": by_seed})
+        if metric in arm:  # else it was not evaluated
+            _, low, high = seeds_interval([one[metric] for one in each])
+            means["interval"] = [low, high]
+        arms.append(same | means | {"by_seed": by_seed})
     set_aside = {s["id"]: s for part in parts for s in part["data"]["set_aside"]}
     return first | {
         "seeds": [part["seed"] for part in parts],
@@ -204,7 +209,7 @@ def mean_of_seeds(parts: list[dict[str, Any]]) -> dict[str, Any]:
             for name, entry in first["scorers"].items()
         },
         "arms": arms,
-        "comparisons": comparisons(arms, task),
+        "comparisons": comparisons([arm for arm in arms if metric in arm], task),
     }
 
 

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import Positional, UseAppendAction
 
-from . import cli_tuning
+from . import cli_advise, cli_reports, cli_tuning
 
 DESCRIPTION = """Fine-tuning made cheap by pruning: of the data, of the trainable rows, of the weights.
 
@@ -152,38 +152,24 @@ def score(
     if "less" in scorer and target is None:
         raise ValueError("scorer 'less' needs --target: a data set that the examples are to be like")
     from . import scoring
-    from .data.examples import Examples
-    from .data.features import Reader
-    from .data.observe import infer_task
-    from .data.sources import device_of, encode_labels, open_dataset, open_model
+    from .opening import opened
     from .scorers import registry
 
     toward = {"less": {"target": target, "target_split": target_split}}
     methods = [registry.make(name, **toward.get(name, {})) for name in scorer or ("dlc",)]
-    examples = open_dataset(dataset, split, limit=limit, seed=seed)
-    rows = Examples(examples, label_column=label_column, id_column=id_column)
-    if rows.label_column and task in (None, "classification"):
-        examples = encode_labels(examples, rows.label_column)
-    rows = Examples(examples, label_column=label_column)
-    if task == "causal-lm" or (task is None and rows.has_instructions):
-        network, processor = open_model(model, task=task, seed=seed)
-        if task is None and infer_task(network, Reader(network)) != "causal-lm":
-            rows.target()  # which says that there are no labels
-        task = "causal-lm"
-    else:
-        found, classes = rows.target()
-        task = task or found
-        classes = classes if task == "classification" else 1
-        network, processor = open_model(model, task=task, num_labels=classes or 1, seed=seed)
+    job = opened(
+        model, dataset, split=split, limit=limit, label_column=label_column, id_column=id_column, task=task,
+        device=device, seed=seed,
+    )  # fmt: skip
     scoring.score(
-        network.to(device_of(device)),  # type: ignore[arg-type] - transformers' stub of nn.Module.to
-        examples,
+        job.model,
+        job.dataset,
         methods,
         lora={"rank": rank, "alpha": 2 * rank},
-        processing_class=processor,
+        processing_class=job.processor,
         label_column=label_column,
         id_column=id_column,
-        task=task,
+        task=job.task,
         proxy=proxy,
         max_length=max_length,
         batch_size=batch_size,
@@ -289,24 +275,9 @@ def _run(path: Path, overrides: list[str]) -> None:
     print(pipeline.run(job))
 
 
-@app.command
-def report(run_dir: Positional[Path]) -> None:
-    """Write the page report.html of a finished run anew and print its path.
-
-    Example: serpette report runs/demo
-
-    Args:
-        run_dir: Folder of a run, with its result.json.
-    """
-    from . import report as reports
-
-    if not (run_dir / "result.json").is_file():
-        raise FileNotFoundError(
-            f"run_dir={str(run_dir)!r} has no result.json; make one: serpette run RECIPE.yaml"
-        )
-    print(reports.write(run_dir))
-
-
+app.command(cli_advise.advise)
+for command in (cli_reports.report, cli_reports.compare):
+    app.command(command)
 for command in (cli_tuning.prune, cli_tuning.shrink, cli_tuning.memory):
     app.command(command)
 

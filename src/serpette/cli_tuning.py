@@ -61,8 +61,8 @@ def prune(
         scope: The same share of each layer, or the least important of all layers.
         schedule: How the sparsity grows: cubic, linear or one_shot.
         shrink: Remove what is pruned: a smaller, dense model. Of structured alone.
-        ragged: Each layer as narrow as it can be, for serpette.weights.load alone. By default only as far as
-            the stock from_pretrained can load it.
+        ragged: Shrink, each layer as narrow as it can be, for serpette.weights.load alone. By default only as
+            far as the stock from_pretrained can load it.
         export: How the model is saved: safetensors, onnx, packed (bitmask and values); give it again for
             another one. Default: safetensors.
         compare: Tune an unpruned model alike, to say what pruning lost.
@@ -80,7 +80,7 @@ def prune(
         device: cpu, cuda, cuda:1, mps; auto: a GPU if there is one.
         seed: Of everything random.
     """
-    from .recipe import ArmSpec, DataSpec, ModelSpec, PruneSpec, Recipe, TuneSpec, check
+    from .recipe import ArmSpec, DataSpec, ModelSpec, PruneSpec, Recipe, ShrinkSpec, TuneSpec, check
 
     recipe = Recipe(
         name="prune",
@@ -92,9 +92,12 @@ def prune(
         tune=TuneSpec("lora", epochs, learning_rate, batch_size, rank, alpha=2 * rank),
         prune=PruneSpec(
             importance, sparsity=sparsity, pattern=pattern, schedule=schedule, scope=scope, targets=targets,
-            export=export or ("safetensors",), shrink=shrink, ragged=ragged,
         ),
-        arms=(*([ArmSpec("unpruned", prune={"sparsity": 0.0})] if compare else []), ArmSpec("pruned")),
+        shrink=ShrinkSpec(ragged) if shrink or ragged else None,
+        arms=(
+            *([ArmSpec("unpruned", prune={"sparsity": 0.0})] if compare else []),
+            ArmSpec("pruned", export=export or ("safetensors",)),
+        ),
         task=task,
         seed=seed,
         batch_size=max(batch_size, 8),

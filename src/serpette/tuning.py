@@ -8,6 +8,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +28,7 @@ def trainable(
     dropout: float = 0.0,
     target_modules: str | Sequence[str] = "all-linear",
     freeze_attention: bool = False,
+    checkpointing: bool = False,
     **rows: Any,
 ) -> nn.Module:
     """`model` with what `method` trains: an adapter and the head, everything, or the head alone.
@@ -38,11 +40,15 @@ def trainable(
         rank: of LoRA and DoRA; SHiRA trains as many weights as a LoRA of that rank; of `"rows"` the number of
             rows, unless `rows` has a `fraction`.
         freeze_attention: no adapter inside attention blocks.
+        checkpointing: gradient checkpointing of each block, as transformers does it.
         **rows: further arguments of `serpette.RowConfig`, for `"rows"`.
 
     Raises:
-        ValueError: `"head"` for a model without one, or an adapter that finds no layer.
+        ValueError: `"head"` for a model without one, an adapter that finds no layer, or checkpointing of a
+            model that does not know it.
     """
+    if checkpointing:
+        _checkpoint(model)
     if method == "full":
         return model.requires_grad_(True)
     model.requires_grad_(False)
@@ -103,6 +109,16 @@ def _peft_config(
         use_dora=method == "dora",
         **shared,
     )
+
+
+def _checkpoint(model: Any) -> None:
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"checkpointing=True, but {type(model).__name__} has no blocks that can be computed again; "
+            "leave it off"
+        )
+    enable = getattr(model, "activation_checkpointing_enable", None)  # its name in newer transformers
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def _attention(model: nn.Module) -> str:
@@ -174,6 +190,8 @@ def train(
     warmup: float = 0.0,
     on_step: Callable[[int, int], None] | None = None,
     callbacks: Sequence[Any] = (),
+    out: str | Path | None = None,
+    resume_from: str | Path | None = None,
 ) -> None:
     """Tunes what is trainable in `model` on examples 0 .. `examples` - 1, which `collate` turns into a batch.
 
@@ -181,6 +199,8 @@ def train(
         warmup: share of the steps over which the learning rate rises.
         on_step: called with (step, all steps) after each step.
         callbacks: transformers' TrainerCallbacks, such as `serpette.Pruner`.
+        out: folder of the checkpoints, where a callback asks for some.
+        resume_from: a checkpoint of the same training, to go on from with the same bits.
     """
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -191,7 +211,7 @@ def train(
 
     with tempfile.TemporaryDirectory() as scratch:
         arguments = TrainingArguments(
-            output_dir=scratch,
+            output_dir=str(out or scratch),
             num_train_epochs=epochs,
             per_device_train_batch_size=batch_size,
             learning_rate=learning_rate,
@@ -219,4 +239,4 @@ def train(
             if type(callback).__name__ == "PrinterCallback":  # it prints a dict where tqdm is off
                 trainer.remove_callback(type(callback))
         with _quiet():
-            trainer.train()
+            trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))

@@ -100,7 +100,7 @@ def test_one_story_from_the_examples_to_the_weights(shrunk, tmp_path):
         "lost 1.0 points of accuracy against dlc without the cut (within the noise of one seed and this test set)."
     )
     text = words(page)
-    assert "The weights, before and after" in text and "parameters 2 M 1.2 M 60 %" in text
+    assert "The model, before and after" in text and "parameters 2 M 1.2 M 60 %" in text
     assert "22.2 ms unpruned 40 ms" in text and "360 unpruned 200" in text, (
         "examples a second in batches of 8"
     )

@@ -1,7 +1,8 @@
 """`run(recipe)`: score the training examples once, tune each arm on what it keeps, compare, report.
 
-Finished arms lie in `arms/`, scores in `scores/`: a killed run goes on with the first unfinished arm. With
-several seeds each has such a folder in `seeds/`.
+Finished arms lie in `arms/`, scores in `scores/`; of an unfinished arm its folder there holds the stages that
+are done and the last checkpoint of the tuning. A killed run goes on from there. With several seeds each has
+such a folder in `seeds/`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..arms import mean_of_seeds
 from ..data.store import write_atomic, write_json
@@ -58,7 +60,9 @@ def run(recipe: Recipe, *, progress: bool = True) -> Path:
 
 def _run_seed(recipe: Recipe, folder: Path, say: Sayer, test_seed: int) -> None:
     job = Job(recipe, say, folder, test_seed)
-    arms = [run_arm(job, arm, number) for number, arm in enumerate(recipe.arms)]
+    arms: list[dict[str, Any]] = []
+    for number, arm in enumerate(recipe.arms):
+        arms.append(run_arm(job, arm, number, arms))
     write_json(folder / "gallery.json", gallery(job))
     write_json(folder / "result.json", job.result(arms))  # last: it says that the seed is done
 

@@ -1,37 +1,34 @@
-"""One arm of a recipe: choose the examples, tune on them, measure."""
+"""One arm of a recipe, stage by stage: choose the examples, tune, prune, shrink, save, measure."""
 
 from __future__ import annotations
 
 import copy
 import json
 import re
-import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import scoring
 from ..arms import predict, quality
-from ..cost import forward_flops, measure, train_flops
+from ..cost import measure
 from ..data import pruner
-from ..data.budget import split
-from ..data.gradient_pass import WARMUP_BATCH, WARMUP_STEPS
 from ..data.mmd import mmd
 from ..data.proxy import TRAINING_SIGNALS
 from ..data.search import describe
 from ..data.selectors import registry as selectors
 from ..data.store import write_json
-from ..recipe import ArmSpec, TuneSpec, to_dict
-from ..recipe.prune import config_of
+from ..recipe import ArmSpec, EvaluateSpec, to_dict
 from ..scorers import registry as scorers
-from ..tuning import rank, set_seeds, train, trainable
 from ..types import uniform_of
-from . import weights
+from . import card, weights
+from .export import export, files_of, formats
 from .job import Job
+from .stages import Stages
+from .tune import tuned
 
 MMD_EXAMPLES = 5000  # the distance costs N^2
-TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "warmup")
 
 
 def select(job: Job, arm: ArmSpec) -> tuple[Tensor, str | None, dict[str, float]]:
@@ -73,54 +70,35 @@ def _scoring_seconds(job: Job, arm: ArmSpec, selector: Any) -> float:
     return total
 
 
-def run_arm(job: Job, arm: ArmSpec, number: int) -> dict[str, Any]:
-    """The arm's entry in `result.json`; read from disk if an earlier run finished it."""
+def run_arm(job: Job, arm: ArmSpec, number: int, earlier: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+    """The arm's entry in `result.json`; read from disk if an earlier run finished it.
+
+    Args:
+        earlier: the entries of the arms before it, with which its model card compares it.
+    """
     name = re.sub(r"[^A-Za-z0-9._-]", "_", arm.name)
     path = job.folder / "arms" / f"{number:02d}-{name}.json"
+    stages = Stages(path.with_suffix(""))
     if path.exists():
+        stages.finish()
         job.say(f"{arm.name}: done before")
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
+    recipe, wanted, evaluate = job.recipe, formats(job, arm), job.recipe.evaluate_of(arm)
+    tune, prune, shrink = recipe.tune_of(arm), recipe.prune_of(arm), recipe.shrink_of(arm)
     positions, selector, seconds = select(job, arm)
-    tune, prune, seed = job.recipe.tune_of(arm), job.recipe.prune_of(arm), job.recipe.seed
-    labels = job.scores.signals.labels
-    kept_labels = None if labels is None else labels[positions]
-    steps = tune.epochs * -(-len(positions) // tune.batch_size)
+    steps = 0 if tune.method == "none" else tune.epochs * -(-len(positions) // tune.batch_size)
     job.say(f"{arm.name}: tuning on {len(positions):,} of {job.scores.total:,} examples, {steps:,} steps")
-    set_seeds(seed)
-    device = next(job.model.parameters()).device
-    with measure(device) as cost:
-        model = copy.deepcopy(job.model)
-        model = trainable(model, scoring.tuned_head(model), **tune.adapter(seed))
-        ranking = _rank(job, model, tune, positions)
-        pruner = None
-        if prune is not None:
-            from ..weights import Pruner
-
-            pruner, model = Pruner(config_of(prune, seed)), weights.prepared(model, prune)
-        train(
-            model,
-            len(positions),
-            job.reader(positions),
-            seed=seed,
-            on_step=job.say.step,
-            callbacks=[] if pruner is None else [pruner],
-            **{name: getattr(tune, name) for name in TRAINING},
-        )
-    spent = {"ranking": ranking, "tuning": cost.seconds - ranking}
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    flops = _flops(job, arm, tune, model, positions)
+    made = tuned(job, arm, positions, stages)
+    model, facts = made.model, made.facts
+    seconds |= facts["seconds"]
     if prune is not None:
-        model, masks, merging = weights.finished(model, pruner, prune)
-        assert pruner is not None
-        pruning = sum(pruner.seconds_.values())
-        spent |= {"tuning": spent["tuning"] - pruning, "pruning": pruning + merging}
-    with measure(device) as evaluation:
-        outputs, kept, bad = predict(model, job.test_examples, job.recipe.batch_size)
-    if bad and job.recipe.on_bad == "raise":
-        name, reason = next(iter(bad.items()))
-        raise ValueError(f"test example {name!r}: {reason}; mend it, or go on without it: on_bad: set_aside")
-    truth = None if job.test_labels is None else job.test_labels[kept]
-    seconds |= spent | {"evaluation": evaluation.seconds}
+        assert made.masks is not None
+        model, shrinking = weights.shrunk(model, made.masks, prune, shrink)
+        seconds["pruning"] += shrinking
+    folder = stages.folder / "model"
+    saved = stages.stage("export", lambda: export(job, model, wanted, folder))
+    seconds["export"] = saved.pop("seconds")
+    labels = job.scores.signals.labels
     entry = {
         "name": arm.name,
         "scorer": arm.scorer,
@@ -129,51 +107,60 @@ def run_arm(job: Job, arm: ArmSpec, number: int) -> dict[str, Any]:
         "keep": arm.keep,
         "per_class": arm.per_class,
         "method": tune.method,
-        "tune": tune.differing(job.recipe.tune),
-        "prune": None if prune is None else to_dict(prune),
+        "tune": tune.differing(recipe.tune),
+        "prune": None,
         "gamma": _gamma(selector),
         "examples": len(positions),
-        "epochs": tune.epochs,
-        "steps": steps,
+        "epochs": tune.epochs if steps else 0,
         "seconds": seconds,
-        "flops": flops,
-        "peak_bytes": cost.peak_bytes,
         "mmd": _mmd(job, positions),
-        "trainable_parameters": trained,
-        "test_set_aside": bad,
         "ids": job.scores.signals.ids[positions.numpy()].tolist(),
-    } | quality(job.task, outputs, truth, kept_labels, len(job.classes))
+        "export": saved,
+        **{key: facts[key] for key in ("steps", "flops", "peak_bytes", "trainable_parameters")},
+    }
+    if labels is not None and job.classes:
+        entry["kept_by_class"] = torch.bincount(labels[positions], minlength=len(job.classes)).tolist()
+    if arm.predicted:
+        entry["predicted"] = arm.predicted
+    if evaluate is not None:
+        found = stages.stage("evaluate", lambda: _evaluated(job, model, evaluate, labels, positions))
+        seconds["evaluation"] = found.pop("seconds")
+        entry |= found
     if prune is not None:
-        entry["weights"] = weights.measured(job, model, masks, prune, path.with_suffix("") / "model")
+        entry["prune"] = to_dict(prune) | {
+            "shrink": shrink is not None,
+            "ragged": shrink is not None and shrink.ragged,
+        }
+        masks, sizes = made.masks or {}, () if evaluate is None else evaluate.latency_batch_sizes
+        entry["weights"] = stages.stage("measure", lambda: weights.measured(job, model, masks, sizes))
     if weights.is_looked_at(job, arm):
-        entry["sensitivity"] = weights.sensitivity_of(job, model, positions)
+        work = stages.stage("sensitivity", lambda: weights.sensitivity_of(job, model, positions))
+        entry["sensitivity"] = work
+    if saved["formats"]:
+        card.write(job, arm, entry, earlier, folder)
+        entry["model"] = folder.relative_to(job.folder).as_posix()
+    saved["files"] = files_of(folder)
+    if prune is not None:
+        entry["weights"] |= {k: v for k, v in saved.items() if k != "formats"}
     write_json(path, entry)
+    stages.finish()
     return entry
 
 
-def _rank(job: Job, model: nn.Module, tune: TuneSpec, positions: Tensor) -> float:
-    """Seconds in which the rows were chosen; 0 where a layer's own weights have told them already."""
-    if tune.method != "rows" or not (tune.needs or tune.dependencies or tune.scope == "global"):
-        return 0.0
-    start, seen = time.perf_counter(), _seen(job, tune, positions)
-    rank(model, len(seen), job.reader(seen), tune.importance, tune.scope, tune.batch_size, job.say.shown)
-    return time.perf_counter() - start
-
-
-def _seen(job: Job, tune: TuneSpec, positions: Tensor) -> Tensor:
-    """The examples that an importance looks at, drawn by the seed; of each class its share."""
-    signals = job.scores.signals
-
-    def shuffled(places: Tensor) -> Tensor:
-        return places[uniform_of(signals.ids[places.numpy()], job.recipe.seed).argsort()]
-
-    order, count = shuffled(positions), min(tune.importance_examples, len(positions))
-    if job.task != "classification":
-        return order[:count]
-    assert signals.labels is not None
-    labels = signals.labels[order]
-    shares = split(labels, count)
-    return shuffled(torch.cat([order[labels == c][:share] for c, share in shares.items()]))
+def _evaluated(
+    job: Job, model: nn.Module, evaluate: EvaluateSpec, labels: Tensor | None, positions: Tensor
+) -> dict[str, Any]:
+    assert job.test_examples is not None
+    size = evaluate.batch_size or job.recipe.batch_size
+    with measure(next(model.parameters()).device) as cost:
+        outputs, kept, bad = predict(model, job.test_examples, size)
+    if bad and job.recipe.on_bad == "raise":
+        name, reason = next(iter(bad.items()))
+        raise ValueError(f"test example {name!r}: {reason}; mend it, or go on without it: on_bad: set_aside")
+    truth = None if job.test_labels is None else job.test_labels[kept]
+    kept_labels = None if labels is None else labels[positions]
+    found = quality(job.task, outputs, truth, kept_labels, len(job.classes))
+    return {"seconds": cost.seconds, "test_set_aside": bad, **found}
 
 
 def _mmd(job: Job, positions: Tensor) -> float:
@@ -185,31 +172,6 @@ def _mmd(job: Job, positions: Tensor) -> float:
     chosen = torch.zeros(len(order), dtype=torch.bool)
     chosen[positions] = True
     return mmd(embeddings[order[:MMD_EXAMPLES]], embeddings[order[chosen[order]][:MMD_EXAMPLES]])
-
-
-def _flops(job: Job, arm: ArmSpec, tune: TuneSpec, model: nn.Module, positions: Tensor) -> dict[str, float]:
-    """Counted on one batch and multiplied; the scoring of an arm without a scorer is free."""
-    size = min(tune.batch_size, len(positions))
-    device = next(model.parameters()).device
-    inputs = {k: v.to(device) for k, v in job.reader(positions)(list(range(size))).items()}
-    trained, forward = train_flops(model, inputs) / size, forward_flops(job.model, inputs) / size
-    spent = 0.0
-    if arm.scorer is not None:
-        method, total = job.methods[job.scorer_of[arm.name]], job.scores.total
-        if hasattr(method, "reading"):
-            # forward and backward: of all, of those for moments, of the warm-up
-            reading = method.reading
-            sample = getattr(reading, "sample", getattr(reading, "target_limit", 0))
-            steps = WARMUP_STEPS if reading.warmup_steps is None else reading.warmup_steps
-            seen = total * reading.epochs + min(sample or total, total) + steps * WARMUP_BATCH
-            spent = trained * seen
-        else:
-            passes = len(job.scores.signals.paths[method.path].points) if hasattr(method, "path") else 1
-            spent = forward * passes * total
-    # forward, backward to the activations, backward to the weights
-    passes = bool(tune.needs) + bool(tune.needs - {"input_norms"}) + ("elementwise" in tune.needs)
-    ranking = forward * passes * min(tune.importance_examples, len(positions))
-    return {"scoring": spent, "ranking": ranking, "tuning": trained * len(positions) * tune.epochs}
 
 
 def _gamma(selector: str | None) -> float | None:

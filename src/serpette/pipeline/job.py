@@ -16,7 +16,9 @@ from ..data.examples import Examples, check_labels
 from ..data.features import accepted_names
 from ..data.sources import device_of, encode_labels, open_dataset, open_model
 from ..data.store import write_atomic
+from ..opening import labelled
 from ..recipe import Recipe, check_task, to_dict
+from ..report.histograms import histogram_of
 from ..scorers import registry as scorers
 from ..types import Task
 from .progress import Sayer
@@ -30,17 +32,19 @@ class Job:
         self.first = recipe.seed == test_seed  # of several seeds
         data = recipe.data
         self.train = open_dataset(data.train, data.train_split, limit=data.train_limit, seed=recipe.seed)
-        self.test = open_dataset(  # the same for all seeds
-            data.test or data.train, data.test_split, limit=data.test_limit, seed=test_seed
-        )
-        num_classes = self._find_task()
+        self.test = self.test_examples = None
+        if recipe.evaluated:
+            self.test = open_dataset(  # the same for all seeds
+                data.test or data.train, data.test_split, limit=data.test_limit, seed=test_seed
+            )
+        self._find_task()
         check_task(recipe, self.task)
-        self.model, self.processor = open_model(
-            recipe.model.name,
-            task=self.task,
-            num_labels=None if self.task == "causal-lm" else num_classes or 1,
+        self.opened: dict[str, Any] = {  # how, for the model card
+            "task": self.task,
+            "num_labels": None if self.task == "causal-lm" else len(self.classes) or 1,
             **({"seed": recipe.seed} | recipe.model.options),
-        )
+        }
+        self.model, self.processor = open_model(recipe.model.name, **self.opened)
         device = device_of(recipe.device)
         self.model.to(device)  # type: ignore[arg-type] - transformers' stub of nn.Module.to
         reading = {
@@ -48,20 +52,21 @@ class Job:
             "label_column": data.label_column,
             "max_length": data.max_length,
         }
-        self.train_examples, self.test_examples = (
-            Examples(self.train, **reading, task=self.task),
-            Examples(self.test, **reading, task=self.task),
-        )
-        self.train_examples.accepted = self.test_examples.accepted = accepted_names(self.model)
+        self.train_examples = Examples(self.train, **reading, task=self.task)
+        self.train_examples.accepted = accepted_names(self.model)
+        if self.test is not None:
+            self.test_examples = Examples(self.test, **reading, task=self.task)
+            self.test_examples.accepted = self.train_examples.accepted
         self.test_labels = self._read_test_labels()
         self.methods = self._methods()
         self.say(f"scoring {len(self.train):,} examples: {', '.join(self.methods)}")
         tune = recipe.tune
+        self.lora = {"rank": tune.rank, "alpha": tune.alpha, "target_modules": tune.target_modules}
         self.scores = scoring.score(
             self.model,
             self.train,
             list(self.methods.values()),
-            lora={"rank": tune.rank, "alpha": tune.alpha, "target_modules": tune.target_modules},
+            lora=self.lora,
             **reading,
             task=self.task,
             proxy=recipe.proxy,
@@ -74,26 +79,19 @@ class Job:
         table = self.folder / "scores" / "scores.parquet"
         write_atomic(self.folder / table.name, table.read_bytes())  # beside the report
 
-    def _find_task(self) -> int:
-        """Sets the task and the class names; returns how many classes there are, or 0."""
-        data, self.classes = self.recipe.data, []
-        rows = Examples(self.train, label_column=data.label_column)
-        if self.recipe.task == "causal-lm" or (self.recipe.task is None and rows.has_instructions):
-            self.task: Task = "causal-lm"
-            return 0
-        column = rows.label_column
-        if column and self.recipe.task != "regression":
-            self.train = encode_labels(self.train, column)
-            rows = Examples(self.train, label_column=data.label_column)
-            self.test = encode_labels(self.test, column, rows.class_names)
-        found, num_classes = rows.target()
-        self.task = self.recipe.task or found
-        if self.task == "regression":
-            return 0
-        self.classes = rows.class_names or [str(c) for c in range(num_classes)]
-        return len(self.classes)
+    def _find_task(self) -> None:
+        """Sets the task and the class names, and the labels of both data sets to their numbers."""
+        column = self.recipe.data.label_column
+        self.train, task, self.classes = labelled(self.train, self.recipe.task, column)
+        self.task: Task = task or "causal-lm"
+        if self.test is not None and self.classes:
+            found = Examples(self.train, label_column=column)
+            if found.label_column:
+                self.test = encode_labels(self.test, found.label_column, found.class_names)
 
     def _read_test_labels(self) -> Tensor | None:
+        if self.test_examples is None:
+            return None
         if self.task == "causal-lm":
             self.test_examples.read([0])  # columns without a response are an error now, not after the tuning
             return None
@@ -148,8 +146,14 @@ class Job:
                 entry |= {"points": [float(p) for p in points], "passes": len(points)}
                 entry |= {"curve": self.scores.curves.get(name, []), "tolerance": method.path.tolerance}
                 entry["settings"] = {k: str(v) for k, v in vars(method).items() if k != "path"}
+                labels = self.scores.signals.labels if self.classes else None
+                entry["histogram"] = histogram_of(
+                    self.scores.values[name].numpy(), None if labels is None else labels.numpy(), self.classes
+                )
             methods[name] = entry
         recipe, data = self.recipe, self.recipe.data
+        measured = next((arm for arm in arms if "each" in arm), {"each": [], "test_set_aside": {}})
+        test = f"{data.test or data.train}[{data.test_split}]"
         return {
             "kind": "run",
             "name": recipe.name,
@@ -163,13 +167,13 @@ class Job:
             "hardware": hardware(next(self.model.parameters()).device),
             "data": {
                 "train": f"{data.train}[{data.train_split}]",
-                "test": f"{data.test or data.train}[{data.test_split}]",
+                "test": None if self.test is None else test,
                 "train_examples": self.scores.total,
-                "test_examples": len(arms[0]["each"]),
+                "test_examples": len(measured["each"]),
                 "classes": self.classes,
                 "set_aside": [
                     {"id": i, "reason": why}
-                    for i, why in (self.scores.set_aside | arms[0]["test_set_aside"]).items()
+                    for i, why in (self.scores.set_aside | measured["test_set_aside"]).items()
                 ],
             },
             "model": {
@@ -182,5 +186,5 @@ class Job:
             "arms": [
                 {k: v for k, v in arm.items() if k not in ("each", "ids", "test_set_aside")} for arm in arms
             ],
-            "comparisons": comparisons(arms, self.task),
+            "comparisons": comparisons([arm for arm in arms if "each" in arm], self.task),
         }

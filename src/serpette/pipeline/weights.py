@@ -1,10 +1,9 @@
-"""What becomes of an arm whose weights were pruned: merged, made smaller, measured, saved."""
+"""What becomes of an arm whose weights were pruned: made smaller, measured; and how sensitive layers are."""
 
 from __future__ import annotations
 
 import copy
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..data.observe import evaluating
-from ..recipe import ArmSpec, PruneSpec
+from ..recipe import ArmSpec, PruneSpec, ShrinkSpec
 from ..types import uniform_of
-from ..zoo.quiet import quiet_transformers
 from .job import Job
 
-BATCH_SIZES = (1, 8)  # at which both models are timed
 TIMED_SECONDS = 3.0  # a batch size, both together
 TIMES = ("latency_seconds", "examples_per_second")
 LOSS_EXAMPLES = {"causal-lm": 4}  # training examples whose loss tells the sensitivity of a layer, else 64
@@ -32,26 +29,28 @@ def prepared(model: nn.Module, prune: PruneSpec) -> nn.Module:
     return sequential(model) if prune.importance == "lora_prune_seq" else model
 
 
-def finished(model: Any, pruner: Any, prune: PruneSpec) -> tuple[nn.Module, dict[str, Tensor], float]:
-    """(the model that would be shipped, {layer: bool (O, I), True where a weight stays}, seconds)."""
-    from ..weights.shrink import shrink
+def shrunk(
+    model: nn.Module, masks: dict[str, Tensor], prune: PruneSpec, shrink: ShrinkSpec | None
+) -> tuple[nn.Module, float]:
+    """(the model that would be shipped, seconds)."""
+    from ..weights.shrink import shrink as smaller
 
-    start, masks = time.perf_counter(), dict(pruner.masks_)
-    model = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
-    if prune.shrink:
-        model = shrink(model, masks, ragged=prune.ragged, round_to=prune.round_to)
-    return model, masks, time.perf_counter() - start
+    if shrink is None:
+        return model, 0.0
+    start = time.perf_counter()
+    model = smaller(model, masks, ragged=shrink.ragged, round_to=prune.round_to)
+    return model, time.perf_counter() - start
 
 
 def measured(
-    job: Job, model: nn.Module, masks: dict[str, Tensor], prune: PruneSpec, folder: Path
+    job: Job, model: nn.Module, masks: dict[str, Tensor], batch_sizes: tuple[int, ...]
 ) -> dict[str, Any]:
-    """The arm's `weights` in result.json: before and after, by layer; the model is saved in `folder`."""
+    """The arm's `weights` in result.json: before and after, by layer."""
     from ..weights.measure import compare_cost
 
-    job.say("measuring and saving the pruned model")
+    job.say("measuring the pruned model")
     dense = copy.deepcopy(job.model)  # of the same shapes as the unpruned arm
-    found = compare_cost(dense, model, lambda size: _inputs(job, size), BATCH_SIZES, TIMED_SECONDS)
+    found = compare_cost(dense, model, lambda size: inputs_of(job, size), batch_sizes, TIMED_SECONDS)
     before, after = ({k: v for k, v in found[side].items() if k not in TIMES} for side in ("before", "after"))
     return {
         "sparsity": _share(list(masks.values())),
@@ -69,52 +68,30 @@ def measured(
             for size, speed in found["speed"].items()
         ],
         "layers": [{"name": name, "sparsity": _share([mask])} for name, mask in masks.items()],
-    } | _save(job, model, prune, folder)
+    }
 
 
 def _share(masks: list[Tensor]) -> float:
     return 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
 
 
-def _inputs(job: Job, size: int) -> dict[str, Tensor]:
-    """The first test examples, as often as `size` needs them, without labels."""
+def inputs_of(job: Job, size: int) -> dict[str, Tensor]:
+    """The first examples, of the test if there is one, as often as `size` needs them, without labels."""
     device = next(job.model.parameters()).device
-    _, inputs, _, _ = job.test_examples.read(range(min(size, len(job.test_examples))))
-    copies = -(-size // len(job.test_examples))
+    if job.test_examples is None:
+        inputs = job.reader(torch.arange(len(job.scores.rows)))(list(range(min(size, len(job.scores.rows)))))
+    else:
+        _, inputs, _, _ = job.test_examples.read(range(min(size, len(job.test_examples))))
+    copies = -(-size // len(next(iter(inputs.values()))))
     return {k: torch.cat([v] * copies)[:size].to(device) for k, v in inputs.items() if k != "labels"}
-
-
-def _save(job: Job, model: Any, prune: PruneSpec, folder: Path) -> dict[str, Any]:
-    from ..weights.load import save_shrunk
-    from ..weights.packed import save_packed
-
-    if prune.export:
-        folder.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {}
-    if "safetensors" in prune.export:
-        if job.classes:
-            model.config.id2label = dict(enumerate(job.classes))
-            model.config.label2id = {name: i for i, name in enumerate(job.classes)}
-        with quiet_transformers():
-            found["stock"] = save_shrunk(model, folder)["stock"]
-        save_processor = getattr(job.processor, "save_pretrained", None)
-        if save_processor is not None:
-            save_processor(folder)
-    if "packed" in prune.export:
-        save_packed(model, folder / "packed.safetensors")
-    if "onnx" in prune.export:
-        from ..weights.export import to_onnx
-
-        found["onnx_difference"] = to_onnx(model, _inputs(job, 2), folder / "model.onnx")
-    files = {file.name: file.stat().st_size for file in sorted(folder.glob("*"))} if prune.export else {}
-    return found | {"files": files}
 
 
 def is_looked_at(job: Job, arm: ArmSpec) -> bool:
     """Whether the sensitivity of its layers is of interest: of the first unpruned arm beside pruned ones."""
-    arms, recipe = job.recipe.arms, job.recipe
+    recipe = job.recipe
+    arms = [a for a in recipe.arms if (spec := recipe.evaluate_of(a)) is not None and spec.sensitivity]
     dense = [a for a in arms if recipe.prune_of(a) is None]
-    return job.first and len(dense) < len(arms) and arm is (dense or arms)[0]
+    return job.first and len(dense) < len(arms) and arm == (dense or arms)[0]
 
 
 def sensitivity_of(job: Job, model: Any, positions: Tensor) -> dict[str, Any]:

@@ -15,9 +15,14 @@ from typing import Any, Literal
 import yaml
 
 from ..registry import near
-from .prune import PruneSpec, check_prune
+from .prune import WHILE_TUNING, PruneSpec, check_prune
 from .reading import build, check_limits, fields_of, parse
+from .stages import EvaluateSpec, Export, ShrinkSpec, check_evaluate, check_export, check_shrink
 from .tune import ROWS, TuneSpec, check_tune, check_tune_task
+
+PREDICTED = (
+    "value", "low", "high", "loss", "loss_low", "loss_high", "seconds", "peak_bytes", "speedup",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,22 @@ class ArmSpec:
     """What differs from the recipe's `tune`, e.g. `{method: rows, fraction: 0.05}`."""
     prune: dict[str, Any] | None = None
     """What differs from the recipe's `prune`, e.g. `{sparsity: 0.9}`; {}: nothing, or the defaults."""
+    shrink: dict[str, Any] | bool | None = None
+    """What differs from the recipe's `shrink`; true or {}: nothing, or the defaults; false: not shrunk."""
+    export: tuple[Export, ...] | None = None
+    """In place of the recipe's `export`."""
+    evaluate: dict[str, Any] | bool | None = None
+    """What differs from the recipe's `evaluate`; true or {}: nothing, or the defaults; false: not at all."""
+    predicted: dict[str, float] = field(default_factory=dict)
+    """What an adviser foretold, for the report: value, low, high, loss, seconds, peak_bytes, speedup ..."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One job: score the training examples, tune each arm on what it keeps, compare on the test examples."""
+    """One job: score the training examples, tune each arm on what it keeps, compare on the test examples.
+
+    Its stages are keys: `data`, `tune`, `prune`, `shrink`, `export`, `evaluate`; an arm may change each.
+    """
 
     name: str
     """Name of the job: letters, digits, dot, dash and underscore."""
@@ -87,7 +103,15 @@ class Recipe:
     arms: tuple[ArmSpec, ...]
     tune: TuneSpec = TuneSpec()
     prune: PruneSpec | None = None
-    """How weights are pruned meanwhile; None: not at all, but in an arm with a `prune` of its own."""
+    """How weights are pruned; None: not at all, but in an arm with a `prune` of its own."""
+    shrink: ShrinkSpec | None = None
+    """Structured pruning: {} makes the result smaller and dense; None: it stays as wide, and masked."""
+    export: tuple[Export, ...] | None = None
+    """What is saved of an arm: for peft, for `from_pretrained`, bitmask and values alone, for onnxruntime;
+    []: nothing. None: the adapter where one is left, else all weights, of the first seed alone as they are
+    large, and nothing where the model is as it was."""
+    evaluate: EvaluateSpec | None = EvaluateSpec()
+    """What is measured; None: nothing, and no test examples are needed."""
     task: Literal["classification", "regression", "causal-lm"] | None = None
     """What the model learns; None: by the label column, and without one the responses of instructions."""
     seed: int = 0
@@ -119,6 +143,30 @@ class Recipe:
         changed = fields_of(PruneSpec, arm.prune or {}, f"{arm.name}.prune", "recipe")
         spec = dataclasses.replace(self.prune or PruneSpec(), **changed)
         return spec if spec.sparsity else None
+
+    def shrink_of(self, arm: ArmSpec) -> ShrinkSpec | None:
+        """`shrink` with what `arm` changes; None where the model keeps its widths."""
+        return self._stage(ShrinkSpec, arm, "shrink") if self.prune_of(arm) is not None else None
+
+    def export_of(self, arm: ArmSpec) -> tuple[Export, ...] | None:
+        """What is saved of `arm`; None: by what it is."""
+        return self.export if arm.export is None else arm.export
+
+    def evaluate_of(self, arm: ArmSpec) -> EvaluateSpec | None:
+        """`evaluate` with what `arm` changes; None where nothing is measured."""
+        return self._stage(EvaluateSpec, arm, "evaluate")
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether any arm is, so that test examples are needed."""
+        return any(self.evaluate_of(arm) is not None for arm in self.arms)
+
+    def _stage(self, cls: type, arm: ArmSpec, name: str) -> Any:
+        whole, own = getattr(self, name), getattr(arm, name)
+        if own is None or own is False:
+            return None if own is False else whole
+        changed = fields_of(cls, {} if own is True else own, f"{arm.name}.{name}", "recipe")
+        return dataclasses.replace(whole or cls(), **changed)
 
     @property
     def folder(self) -> Path:
@@ -189,11 +237,6 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
     strict = (*ROWS, "freeze_attention", "dropout")  # sizes may stay where the method has no use for them
     given = [k for k in strict if getattr(recipe.tune, k) != getattr(TuneSpec, k)]
     check_tune(recipe.tune, given, f"{where}: tune")
-    if (data.test or data.train, data.test_split) == (data.train, data.train_split):
-        raise ValueError(
-            f"{where}: data.test_split={data.test_split!r} of {data.train!r} is the training split, too; "
-            "name another split, or other test examples with data.test"
-        )
     names = [arm.name for arm in recipe.arms]
     for i, arm in enumerate(recipe.arms):
         key = f"{where}: arms.{i}"
@@ -205,8 +248,16 @@ def check(recipe: Recipe, where: str = "recipe") -> None:
             if {"rank", "fraction"} <= {*arm.tune}:
                 raise ValueError(f"{key}.tune has both rank and fraction; give one of them")
         _check_prune(recipe, arm, i, where)
+        _check_stages(recipe, arm, i, where)
         _check_methods(recipe, arm, key)
         _check_keep(arm, key, data.train_limit or 1)
+    if recipe.evaluated and (data.test or data.train, data.test_split) == (data.train, data.train_split):
+        raise ValueError(
+            f"{where}: data.test_split={data.test_split!r} of {data.train!r} is the training split, too; "
+            "name another split, or other test examples with data.test"
+        )
+    if recipe.shrink is not None and not any(recipe.prune_of(arm) for arm in recipe.arms):
+        raise ValueError(f"{where}: shrink means nothing where no arm is pruned; give prune, or leave it out")
     if recipe.task is not None:
         check_task(recipe, recipe.task, where)
 
@@ -246,10 +297,36 @@ def _check_prune(recipe: Recipe, arm: ArmSpec, i: int, where: str) -> None:
     prune = recipe.prune_of(arm)
     if prune is None:
         return
-    whole = recipe.prune or PruneSpec()
-    given = {k for k in vars(whole) if getattr(whole, k) != getattr(PruneSpec(), k)} | {*(arm.prune or {})}
+    whole, tune = recipe.prune or PruneSpec(), recipe.tune_of(arm)
+    given = {k for k in vars(whole) if getattr(whole, k) != getattr(PruneSpec(), k)}
+    if tune.method != recipe.tune.method:  # the recipe's settings are for another way to tune
+        given -= {*WHILE_TUNING, "importance_examples"}
     key = f"{where}: prune" if arm.prune is None else f"{where}: arms.{i}.prune"
-    check_prune(prune, recipe.tune_of(arm), sorted(given), key)
+    check_prune(prune, tune, sorted(given | {*(arm.prune or {})}), key)
+
+
+def _check_stages(recipe: Recipe, arm: ArmSpec, i: int, where: str) -> None:
+    """Of what becomes of the model, and of what was foretold of it."""
+
+    def key(name: str) -> str:
+        return f"{where}: {name}" if getattr(arm, name) is None else f"{where}: arms.{i}.{name}"
+
+    for name, cls in (("shrink", ShrinkSpec), ("evaluate", EvaluateSpec)):
+        own = getattr(arm, name)
+        if isinstance(own, dict):
+            fields_of(cls, own, f"arms.{i}.{name}", where)
+    prune = recipe.prune_of(arm)
+    if prune is not None:
+        check_shrink(prune, recipe.shrink_of(arm), key("shrink"))
+    elif arm.shrink is not None and arm.shrink is not False:
+        raise ValueError(f"{key('shrink')} means nothing where no weight is pruned; give the arm a prune")
+    check_export(recipe.export_of(arm), recipe.tune_of(arm), prune, key("export"))
+    check_evaluate(recipe.evaluate_of(arm), key("evaluate"))
+    for name, value in arm.predicted.items():
+        if name not in PREDICTED:
+            raise ValueError(f"{where}: unknown key arms.{i}.predicted.{name}{near(name, PREDICTED)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"{where}: arms.{i}.predicted.{name}={value!r} must be a number")
 
 
 def _check_methods(recipe: Recipe, arm: ArmSpec, key: str) -> None:

@@ -1,8 +1,7 @@
-"""How the weights of an arm are pruned while it is tuned, and what becomes of the result."""
+"""How the weights of an arm are pruned: while it is tuned, or at once."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,12 +13,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruneSpec:
-    """Weights cut while LoRA (or every weight) trains; then merged, made smaller if asked, and exported."""
+    """Weights cut while LoRA (or every weight) trains, or in one shot where nothing trains; then merged."""
 
     importance: str = "lora_prune"
     """By what they are chosen, of `serpette.importance.weights`; `lora_prune_seq` is of a sequential LoRA."""
     importance_options: dict[str, Any] = field(default_factory=dict)
     """Passed to the importance."""
+    importance_examples: int = 128
+    """Of one shot: so many kept training examples an importance looks at that needs data."""
     sparsity: float = 0.5
     """Share of the weights that is removed, in [0, 1); 0: none, for an arm that is not pruned."""
     pattern: str = "unstructured"
@@ -44,27 +45,17 @@ class PruneSpec:
     """How much of the importance so far stays at each step, in [0, 1)."""
     round_to: int = 8
     """Structured: widths are multiples of it, as kernels like them."""
-    shrink: bool = False
-    """Structured: the result is smaller and dense, not masked."""
-    ragged: bool = False
-    """Of shrink: each layer as narrow as it can be, for `serpette.weights.load` alone, not stock loaders."""
-    export: tuple[Literal["safetensors", "onnx", "packed"], ...] = ("safetensors",)
-    """What is saved: for `from_pretrained`, for onnxruntime, bitmask and values alone; empty: nothing."""
 
 
-CONFIG = (  # what `serpette.weights.PruneConfig` knows by the same name
-    "sparsity", "pattern", "schedule", "scope", "targets", "exclude", "mask_grad", "start", "end", "every_k",
-    "average", "round_to",
-)  # fmt: skip
-ONNX = ("onnx", "onnxscript", "onnxruntime")
-STRUCTURED = ("round_to", "shrink", "ragged")
+ONE_SHOT = ("sparsity", "pattern", "scope", "targets", "exclude", "round_to")
+WHILE_TUNING = ("schedule", "mask_grad", "start", "end", "every_k", "average")
 
 
 def config_of(prune: PruneSpec, seed: int = 0) -> PruneConfig:
     """What the Pruner is told."""
     from ..weights import PruneConfig
 
-    settings = {name: getattr(prune, name) for name in CONFIG}
+    settings = {name: getattr(prune, name) for name in (*ONE_SHOT, *WHILE_TUNING)}
     return PruneConfig(prune.importance, options=prune.importance_options, seed=seed, **settings)
 
 
@@ -78,43 +69,43 @@ def check_prune(prune: PruneSpec, tune: TuneSpec, given: list[str], key: str) ->
         method = config_of(prune).method()
     except (TypeError, ValueError) as error:
         raise ValueError(f"{key}: {error}") from None
-    pattern = prune.pattern
-    for name in STRUCTURED if pattern != "structured" else ():
-        if name in given:
-            raise ValueError(
-                f"{key}.{name}={getattr(prune, name)!r} means nothing to pattern={pattern!r}; it is of "
-                "'structured'"
-            )
-    if "hessian" in method.weight_needs:
+    if "round_to" in given and prune.pattern != "structured":
+        raise ValueError(
+            f"{key}.round_to={prune.round_to!r} means nothing to pattern={prune.pattern!r}; it is of "
+            "'structured'"
+        )
+    if prune.importance_examples < 1:
+        raise ValueError(f"{key}.importance_examples={prune.importance_examples} must be at least 1")
+    once = tune.method == "none"
+    idle = [name for name in (WHILE_TUNING if once else ("importance_examples",)) if name in given]
+    if idle:
+        when = "while a model is tuned" if once else "where nothing trains, with tune.method: none"
+        raise ValueError(
+            f"{key}.{idle[0]}={getattr(prune, idle[0])!r} means nothing to tune.method={tune.method!r}; "
+            f"it is of pruning {when}"
+        )
+    if "hessian" in method.weight_needs and not once:
         raise ValueError(
             f"{key}.importance={prune.importance!r} prunes in one shot, not while the model is tuned; use "
-            "another, or serpette.weights.prune"
+            "another, or tune.method: none"
         )
-    if len({*prune.export}) < len(prune.export):
-        raise ValueError(f"{key}.export={prune.export!r} has a name twice; give each once")
-    missing = [name for name in ONNX if importlib.util.find_spec(name) is None]
-    if "onnx" in prune.export and missing:
+    if "hessian" in method.weight_needs and (prune.pattern == "structured" or prune.scope != "layer"):
         raise ValueError(
-            f"{key}.export=onnx needs {', '.join(missing)}: pip install 'serpette[onnx]', or leave it out"
+            f"{key}.importance={prune.importance!r} prunes single weights layer by layer; leave pattern and "
+            "scope alone, or use another"
         )
-    if prune.ragged and not prune.shrink:
-        raise ValueError(f"{key}.ragged=True needs shrink: true; a masked model keeps its widths")
-    _check_tuning(prune, tune, method, key)
-
-
-def _check_tuning(prune: PruneSpec, tune: TuneSpec, method: Any, key: str) -> None:
-    if tune.method not in ("lora", "full"):
+    if tune.method not in ("lora", "full", "none"):
         raise ValueError(
-            f"{key}: weights are not pruned while tune.method={tune.method!r} trains; use 'lora', or 'full' "
-            "with importance: magnitude"
+            f"{key}: weights are not pruned while tune.method={tune.method!r} trains; use 'lora', 'full' "
+            "with importance: magnitude, or 'none' to prune in one shot"
         )
     if tune.method == "lora" and tune.dropout > 0:
         raise ValueError(
             f"{key}: tune.dropout={tune.dropout} must be 0, as a masked LoRA is computed from the merged "
             "weight, which has no dropout"
         )
-    if tune.method == "full" and "lora" in method.weight_needs:
+    if tune.method != "lora" and "lora" in method.weight_needs:
         raise ValueError(
-            f"{key}.importance={prune.importance!r} reads the gradients of a LoRA, and tune.method='full' "
-            "has none; use tune.method: lora, or importance: magnitude"
+            f"{key}.importance={prune.importance!r} reads the gradients of a LoRA, and tune.method="
+            f"{tune.method!r} has none; use tune.method: lora, or importance: magnitude"
         )

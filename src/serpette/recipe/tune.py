@@ -14,8 +14,8 @@ from .reading import check_limits
 class TuneSpec:
     """How each arm is fine-tuned, with the stock Trainer and AdamW."""
 
-    method: Literal["lora", "dora", "shira", "rows", "full", "head"] = "lora"
-    """What trains: an adapter (of rows: `serpette.RowConfig`) and the head, every weight, or the head."""
+    method: Literal["lora", "dora", "shira", "rows", "full", "head", "none"] = "lora"
+    """What trains: an adapter (of rows: `serpette.RowConfig`) and the head, all weights, the head, none."""
     epochs: int = 3
     """Passes over what an arm keeps: the same for every arm, so a smaller arm takes fewer steps."""
     learning_rate: float = 1e-3
@@ -54,6 +54,8 @@ class TuneSpec:
     """Course of the learning rate, as the Trainer names it."""
     warmup: float = 0.1
     """Share of the steps over which the learning rate rises, in [0, 1]."""
+    checkpointing: bool = False
+    """Gradient checkpointing: blocks are computed again in the backward pass: less memory, more time."""
 
     @property
     def needs(self) -> frozenset[str]:
@@ -65,6 +67,7 @@ class TuneSpec:
     def adapter(self, seed: int) -> dict[str, Any]:
         """Arguments of `serpette.tuning.trainable`; an importance that needs data ranks afterwards."""
         names = {"method", *SETTINGS[self.method]} - {"importance_examples", "scope"}
+        names |= {"checkpointing"}
         rows = {"importance": "magnitude" if self.needs else self.importance, "seed": seed}
         return {k: getattr(self, k) for k in names} | (rows if self.method == "rows" else {})
 
@@ -88,7 +91,9 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "rows": (*SHARED, *ROWS),
     "full": (),
     "head": (),
+    "none": (),
 }
+ADAPTERS = ("lora", "dora", "shira", "rows")
 
 
 def check_tune(tune: TuneSpec, given: list[str], key: str) -> None:
@@ -109,6 +114,12 @@ def check_tune(tune: TuneSpec, given: list[str], key: str) -> None:
         ("fraction", fraction, fraction is None or 0 < fraction <= 1, f"a share in (0, 1]{percent}"),
         ("importance_examples", seen, seen >= 1, "at least 1"),
         ("scope", tune.scope, not tune.dependencies or tune.scope == "layer", "'layer' if dependencies"),
+        (
+            "checkpointing",
+            tune.checkpointing,
+            not (tune.checkpointing and tune.method == "none"),
+            "false where nothing trains, with method: none",
+        ),
     ]
     check_limits(limits, f"{key}.")
     for name in given:

@@ -93,9 +93,10 @@ def _answer(run: Run) -> tuple[str, str]:
     full = find_full(run, subject)
     if subject is None:
         assert full is not None
+        reached = "" if run.value(full) is None else f" to {_value(run, full)}"
         return (
             "Nothing was pruned, so there is nothing to compare:",
-            f"only the full set was tuned, to {_value(run, full)} in {cost_of_arm(full)}.",
+            f"only the full set was tuned,{reached} in {cost_of_arm(full)}.",
         )
     if run.tunings_differ and keeps_all(subject):
         others = [(arm, arm["name"]) for arm in (full, find_lora(run, subject)) if arm and arm is not subject]
@@ -227,10 +228,12 @@ def lost(run: Run, subject: Arm, pairs: list[tuple[Arm, str]]) -> str:
         whole = whole if float(amount.split()[0]) else f"matched {name}"
         phrases.append(whole)
         noises.append("noise not measured" if within is None else noise_of(run, NOISE if within else BEYOND))
+    if not phrases and run.value(subject) is None:
+        return (
+            f"What was lost {'was not measured' if run.result.get('finished', True) else 'is not known yet'}."
+        )
     if not phrases:
-        return "What was lost is not known yet." if run.value(subject) is None else (
-            f"It reached {_value(run, subject)}; there is no other arm to compare it with."
-        )  # fmt: skip
+        return f"It reached {_value(run, subject)}; there is no other arm to compare it with."
     if len(phrases) == 2 and noises[0] == noises[1]:
         return f"It {phrases[0]} and {phrases[1]}, both {noises[0]}."
     return "It " + " and ".join(f"{p} ({n})" for p, n in zip(phrases, noises, strict=True)) + "."

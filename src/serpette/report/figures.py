@@ -6,14 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from ..evaluate import proportion_interval
 from .answer import find_full, is_random, percent, seconds
 from .run import Run, cost_of, keeps_all, number, parts_of
 from .svg import ARMS, THEME, figure, inline, plain
 
-PANELS = 12  # classes in the histogram; more would be too small to read on a phone
 MARKERS = "osD^vPXh"
 TEXT = {"color": THEME["ink"], "fontsize": 11}
 SMALL = {"color": THEME["soft"], "fontsize": 10.5}
@@ -215,74 +212,6 @@ def _bar_axes(ax, rows: int, widest: float, lowest: float = 0.0) -> None:
     ax.spines["left"].set_visible(False)
     ax.grid(False)
     ax.xaxis.set_major_locator(few_ticks())
-
-
-def score_histograms(run: Run) -> list[tuple[str, str]]:
-    """`(scorer, svg)` for each scorer with a path: small panels by class, or one in a regression."""
-    found = []
-    for i, scorer in enumerate(run.path_scorers):
-        scores, labels = run.scores[f"score:{scorer}"].astype(float), run.scores.get("label")
-        finite = np.isfinite(scores)
-        if not finite.any():
-            continue
-        labels = labels[finite] if labels is not None and run.classification else None
-        groups = _groups(run, scores[finite], labels)
-        found.append((scorer, _histogram(run, f"hist{i}", scorer, scores[finite], groups)))
-    return found
-
-
-def _groups(run: Run, scores: np.ndarray, labels: np.ndarray | None) -> list[tuple[str, np.ndarray]]:
-    if labels is None:
-        return [("all examples", scores)]
-    names = run.class_names
-    classes = [int(c) for c in np.unique(labels)]
-    groups = [(names[c] if 0 <= c < len(names) else str(c), scores[labels == c]) for c in classes]
-    if len(groups) <= PANELS:
-        return groups
-    # easiest and hardest classes by their median, and all the others in one panel
-    groups.sort(key=lambda group: float(np.median(group[1])))
-    low, high = groups[: PANELS // 2], groups[-(PANELS - 1 - PANELS // 2) :]
-    rest = groups[len(low) : len(groups) - len(high)]
-    return [*low, (f"{len(rest)} others", np.concatenate([s for _, s in rest])), *high]
-
-
-def _histogram(run: Run, name: str, scorer: str, scores: np.ndarray, groups) -> str:
-    columns = min(2 if len(groups) % 2 == 0 and len(groups) % 3 else 3, len(groups))  # fills its last row
-    rows = -(-len(groups) // columns)
-    fig, axes = figure(
-        190 if rows == 1 else 40 + 92 * rows, rows, columns, sharex=True, sharey=True, squeeze=False
-    )
-    low, high = np.quantile(scores, (0.005, 0.995))
-    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-    edges = np.linspace(low, high, 25 if len(groups) > 1 else 41)
-    whole = _shares(scores, edges)
-    arm = next((arm for arm in run.arms if arm.get("scorer") == scorer), None)
-    color = mark(arm_index(run)[arm["name"]])[0] if arm else ARMS[2]
-    for ax in axes.flat[len(groups) :]:
-        ax.remove()
-    for ax, (title, values) in zip(axes.flat, groups, strict=False):
-        ax.stairs(_shares(values, edges), edges, fill=True, color=color, lw=0)
-        if len(groups) > 1:
-            ax.stairs(whole, edges, color=THEME["hist"], lw=1.1)
-        ax.plot(
-            np.clip(np.median(values), low, high), 0, "^", ms=6, color=THEME["ink"], clip_on=False, zorder=4
-        )
-        ax.set_title(plain(title, 19 if columns == 3 else 40), loc="left", pad=3, color=THEME["ink"])
-        ax.set_yticks([])
-        ax.grid(False)
-        ax.spines["left"].set_visible(False)
-        ax.xaxis.set_major_locator(few_ticks(3 if columns == 3 else 5))
-    for column in range(columns):  # the last panel of a column carries the axis, also above an empty corner
-        last = [r for r in range(rows) if r * columns + column < len(groups)][-1]
-        axes[last, column].tick_params(labelbottom=True)
-    fig.supxlabel(f"score of {plain(scorer, 40)} (right: harder)", fontsize=11, color=THEME["soft"])
-    said = "; ".join(f"{plain(t, 30)} {np.median(v):.3g}" for t, v in groups)
-    return inline(fig, name, f"Histograms of the score {plain(scorer)}. Medians: {said}")
-
-
-def _shares(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
-    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-    return counts / max(len(values), 1)
 
 
 def stopping_curves(run: Run) -> list[tuple[str, str]]:

@@ -16,6 +16,7 @@ from .answer import (
     find_full,
     find_lora,
     find_random,
+    find_subject,
     interval,
     is_random,
     noise_lines,
@@ -23,41 +24,40 @@ from .answer import (
     seconds,
     shown,
 )
+from .histograms import score_histograms
+from .predicted import predicted_chart, predicted_rows, predicted_words
 from .run import Run, cost_of, is_noise, number
+from .story import find_story
+from .template import fill
 
 OPEN_CLASSES = 12  # galleries shown at once; those of the other classes are folded away
 
 
 def render(run: Run) -> str:
     """The whole page as text."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
     with svg.style():
         drawn: dict[str, Any] = {
             "scatter": figures.accuracy_against_cost(run),
             "parameters": figures.accuracy_against_parameters(run),
             "split": figures.cost_split(run),
             "mmd": figures.subset_distance(run),
-            "histograms": figures.score_histograms(run),
+            "histograms": score_histograms(run),
             "stopping": figures.stopping_curves(run),
             "layer_maps": weights.layer_maps(run),
+            "predicted_chart": predicted_chart(run),
             "sensitivity": weights.sensitivity_curves(run),
         }
-    for name, value in drawn.items():  # SVG is escaped by ElementTree; nothing else is marked as safe
-        listed = isinstance(value, list)
-        drawn[name] = (
-            [(*words, Markup(v)) for *words, v in value] if listed else Markup(value) if value else None
-        )
-    environment = Environment(
-        loader=PackageLoader("serpette", "report"), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     gallery, rows, (verdict, figures_of_answer) = galleries(run), arm_rows(run), answer(run)
-    return environment.get_template("report.html.j2").render(
-        name=run.result.get("name") or "run",
+    foretold = predicted_words(run, find_story(run) or find_subject(run))
+    return fill(
+        "report.html.j2",
+        run.result,
+        drawn,
         verdict=verdict,
-        answer=figures_of_answer,
+        answer=" ".join(filter(None, (figures_of_answer, foretold))),
+        predicted=predicted_rows(run),
+        models=model_rows(run),
+        measured=any(run.value(arm) is not None for arm in run.arms),
         noise=noise_lines(run),
         facts=facts(run),
         arms=rows,
@@ -82,10 +82,7 @@ def render(run: Run) -> str:
         set_aside=[s for s in run.data.get("set_aside") or [] if isinstance(s, dict)],
         recipe=_yaml(run.result.get("recipe")),
         scorers=scorer_rows(run),
-        versions=run.result.get("versions") or {},
-        hardware=hardware_rows(run),
         seed=", ".join(map(str, run.seeds)) or run.result.get("seed"),
-        **drawn,
     )
 
 
@@ -98,8 +95,9 @@ def facts(run: Run) -> list[str]:
         found.append(f"{model['name']}{size}")
     if data.get("train"):
         found.append(str(data["train"]))
-    if number(data.get("train_examples")) and number(data.get("test_examples")):
-        found.append(f"{data['train_examples']:,} training and {data['test_examples']:,} test examples")
+    if number(data.get("train_examples")):
+        test = f" and {data['test_examples']:,} test" if number(data.get("test_examples")) else ""
+        found.append(f"{data['train_examples']:,} training{test} examples")
     if len(run.class_names) > 1:
         found.append(f"{len(run.class_names)} classes")
     if run.seeds:
@@ -232,6 +230,17 @@ def galleries(run: Run) -> list[dict[str, Any]]:
     return list(groups.values())
 
 
+def model_rows(run: Run) -> list[tuple[str, int, str, str]]:
+    """`(arm, index, folder, its files)` of each saved model; the folder is within that of the run."""
+    index, rows = figures.arm_index(run), []
+    for arm in run.arms:
+        files = (arm.get("export") or arm.get("weights") or {}).get("files") or {}
+        if files:
+            sizes = [f"{name} {file_size(size)}" for name, size in files.items() if number(size) is not None]
+            rows.append((arm["name"], index[arm["name"]], str(arm.get("model") or ""), ", ".join(sizes)))
+    return rows
+
+
 def scorer_rows(run: Run) -> list[dict[str, str]]:
     """What each scorer did: its time, its passes, the points of its path."""
     rows = []
@@ -246,13 +255,6 @@ def scorer_rows(run: Run) -> list[dict[str, str]]:
             "points": points or "–",
         })  # fmt: skip
     return rows
-
-
-def hardware_rows(run: Run) -> dict[str, str]:
-    """The machine, with bytes made readable."""
-    machine = run.result.get("hardware") or {}
-    return {k.removesuffix("_bytes"): file_size(v) if k.endswith("_bytes") and number(v) else str(v)
-            for k, v in machine.items()}  # fmt: skip
 
 
 def _yaml(recipe: Any) -> str | None:

@@ -155,21 +155,28 @@ def keeps_all(arm: dict[str, Any]) -> bool:
     return number(arm.get("keep")) == 1.0 and not arm.get("scorer")
 
 
-def load(run_dir: str | os.PathLike) -> Run:
-    """Read a run folder; ValueError when result.json is missing or not one of ours."""
-    folder = Path(run_dir)
-    if not (folder / "result.json").is_file():
+def load_result(run_dir: str | os.PathLike) -> dict[str, Any]:
+    """Read `result.json`; ValueError when it is missing, or neither of a run nor of an advice."""
+    path = Path(run_dir) / "result.json"
+    if not path.is_file():
         raise ValueError(
             f"run_dir={str(run_dir)!r} has no result.json; give the folder that `serpette run` has written"
         )
-    result = _json(folder / "result.json", dict)
-    if result.get("kind", "run") != "run":
+    result = _json(path, dict)
+    if result.get("kind", "run") not in ("run", "advice"):
         raise ValueError(
             f"run_dir={str(run_dir)!r} holds {result['kind']}, not a run; "
             "give the folder that `serpette run` has written"
         )
+    return result
+
+
+def load(run_dir: str | os.PathLike) -> Run:
+    """Read the folder of a run; ValueError as `load_result` has it."""
+    folder = Path(run_dir)
     gallery = _json(folder / "gallery.json", list) if (folder / "gallery.json").is_file() else []
-    return Run(result, _scores(folder / "scores.parquet"), [g for g in gallery if isinstance(g, dict)])
+    found = [g for g in gallery if isinstance(g, dict)]
+    return Run(load_result(folder), _scores(folder / "scores.parquet"), found)
 
 
 def _json(path: Path, kind: type) -> Any:

@@ -63,13 +63,15 @@ def _done(run: Run, arm: Arm, full: Arm | None) -> str:
         data = f"{kept:,.0f} of {total:,.0f} examples ({share(kept / total)}, {by})"
     trained, part = number(arm.get("trainable_parameters")), run.trainable_share(arm)
     tuned = "" if trained is None or part is None else f", {count(trained)} weights of it ({share(part)})"
-    cut = f"cut {share(arm['weights']['sparsity'])} of {_kind(arm)} meanwhile"
+    still = arm.get("method") == "none"
+    cut = f"cut {share(arm['weights']['sparsity'])} of {_kind(arm)} {'at once' if still else 'meanwhile'}"
     cost = f"{cost_of_arm(arm)} of {cost_words(run)}"
     mine, whole = cost_of(arm), cost_of(full) if full else None
     against = ""
     if full and mine and whole:
         against = f", against {seconds(whole)} for {full['name']} ({share(mine / whole)})"
-    return f"{arm['name']} tuned {arm.get('method')} on {data}{tuned}, {cut}, and cost {cost}{against}"
+    done = "trained nothing" if still else f"tuned {arm.get('method')} on {data}{tuned}"
+    return f"{arm['name']} {done}, {cut}, and cost {cost}{against}"
 
 
 def _kind(arm: Arm) -> str:

@@ -153,11 +153,12 @@ def sensitivity_curves(run: Run) -> list[tuple[str, str, str]]:
             entry = arm["sensitivity"]
             whole = int(number(entry.get("of")) or len(curves))
             drawn = f" {len(curves)} of {whole} layers, drawn." if len(curves) < whole else ""
-            found.append((arm["name"], drawn, _sensitivity(entry, f"sensitivity{i}")))
+            found.append((arm["name"], drawn, sensitivity_figure(entry, f"sensitivity{i}")))
     return found
 
 
-def _sensitivity(entry: dict[str, Any], name: str) -> str:
+def sensitivity_figure(entry: dict[str, Any], name: str, what: str = "loss") -> str:
+    """Curves of `entry["layers"]`, each `{"name", "losses"}`, over `entry["sparsities"]`, as SVG."""
     xs = [100 * float(x) for x in entry["sparsities"]]
     curves = {str(layer["name"]): [float(loss) for loss in layer["losses"]] for layer in entry["layers"]}
     worst = sorted(curves, key=lambda layer: -max(curves[layer]))[:NAMED]
@@ -174,12 +175,14 @@ def _sensitivity(entry: dict[str, Any], name: str) -> str:
         ax.annotate("unpruned", (0, dense), xycoords=("axes fraction", "data"), xytext=(4, -4),
                     textcoords="offset points", va="top", **SMALL)  # fmt: skip
     ax.set_xlabel("sparsity of the one layer, %")
-    ax.set_title("loss", loc="left", color=THEME["soft"])
+    ax.set_title(what, loc="left", color=THEME["soft"])
     ax.xaxis.set_major_locator(few_ticks(6))
     fig.legend(loc="outside upper left", ncols=1, handlelength=1.4, borderpad=0, borderaxespad=0,
                labelcolor=THEME["soft"])  # fmt: skip
     said = "; ".join(f"{plain(layer)} up to {max(curves[layer]):.3g}" for layer in worst)
-    return inline(fig, name, f"Loss with one of {len(curves)} layers pruned. Most sensitive: {said}")
+    return inline(
+        fig, name, f"{what.capitalize()} with one of {len(curves)} layers pruned. Most sensitive: {said}"
+    )
 
 
 def split_name(name: str) -> tuple[str, str]:

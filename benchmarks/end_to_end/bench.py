@@ -1,0 +1,168 @@
+"""Full LoRA on all examples against what the adviser advises: time, memory, latency, size, and what was lost.
+
+Each seed draws its training examples, asks the adviser three times (at most one point lost; a quarter of the
+time; 0.6 of the latency) and runs the recipe of its answers beside the full run. `serpette bench end_to_end`
+goes on where it stopped; `--quick` is a smoke run, `--report` only reads what is there, `--only TASK` runs
+one. Runs lie in the cache of the zoo, under `benchmarks/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tasks.py, shared by the benchmarks
+
+import numpy as np
+import readme
+import tasks
+from cells import BUDGETS, TASKS, cell_file, run
+from rich.console import Console
+
+from serpette.cost import hardware, versions
+from serpette.data.store import write_json
+from serpette.evaluate import seeds_interval
+
+SEEDS = 5
+
+
+def main(out: Path, args: list[str]) -> None:
+    """Runs what is missing; writes `result.json` and the table of the README to `out`."""
+    parser = argparse.ArgumentParser("serpette bench end_to_end")
+    parser.add_argument("--quick", action="store_true", help="one seed of few examples, nothing committed")
+    parser.add_argument("--report", action="store_true", help="tables of the runs that are there")
+    parser.add_argument("--only", default="", help="tasks whose name begins so")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread each")
+    chosen = parser.parse_args(args)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    folder = tasks.cache() / ("end_to_end-quick" if chosen.quick else "end_to_end")
+    names = [name for name in TASKS if name.startswith(chosen.only)]
+    seeds = 1 if chosen.quick else SEEDS
+    if chosen.quick:
+        TASKS.update({name: replace(task, train=200, test=60) for name, task in TASKS.items()})
+    if not chosen.report:
+        jobs = [(TASKS[name], seed, folder) for seed in range(seeds) for name in names]
+        tasks.in_parallel(run, jobs, chosen.workers, "tasks and seeds")
+    found = {}
+    for name in TASKS:
+        files = [cell_file(folder, name, seed) for seed in range(seeds)]
+        if all(file.exists() for file in files):
+            found[name] = [json.loads(file.read_text()) for file in files]
+    if not found:
+        Console().print("No task has all its seeds yet.")
+        return
+    result = {"tasks": {name: summary(cells) for name, cells in found.items()}}
+    Console().print(table(result))
+    if not chosen.quick:
+        facts = {
+            "benchmark": "end_to_end",
+            "command": "serpette bench end_to_end",
+            "versions": versions(),
+            "hardware": hardware(),
+            "seeds": SEEDS,
+        }
+        write_json(out / "result.json", json.loads(json.dumps(facts | result), parse_float=tasks.four_digits))
+        readme.fill(out / "README.md", table=table(result))
+
+
+def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds; differences and ratios seed by seed to the full run."""
+    full = [cell["arms"]["everything"] for cell in cells]
+    arms: dict[str, Any] = {"everything": _facts(full)}
+    for name in BUDGETS:
+        if name not in cells[0]["arms"]:
+            continue
+        own = [cell["arms"][name] for cell in cells]
+        arms[name] = _facts(own) | {
+            "keeps": [arm["keep"] for arm in own],
+            "choices": [arm["choice"] for arm in own],
+            "lost": list(
+                seeds_interval([f["quality"] - a["quality"] for f, a in zip(full, own, strict=True)])
+            ),
+            "predicted": float(np.mean([arm["predicted"]["loss"] for arm in own])),
+            "came_true": float(
+                np.mean(
+                    [
+                        arm["predicted"]["loss_low"]
+                        <= f["quality"] - arm["quality"]
+                        <= arm["predicted"]["loss_high"]
+                        for f, arm in zip(full, own, strict=True)
+                    ]
+                )
+            ),
+            "times_as_fast": _ratio([f["seconds"] for f in full], [a["seconds"] for a in own]),
+            "times_as_fast_with_advising": _ratio(
+                [f["seconds"] for f in full],
+                [a["seconds"] + c["advising_seconds"] for a, c in zip(own, cells, strict=True)],
+            ),
+        }
+    return {
+        "metric": cells[0]["metric"],
+        "examples": cells[0]["examples"],
+        "test_examples": cells[0]["test_examples"],
+        "advising_over_full": list(
+            seeds_interval([c["advising_seconds"] / f["seconds"] for c, f in zip(cells, full, strict=True)])
+        ),
+        "refused": [c["refused"] for c in cells],
+        "arms": arms,
+    }
+
+
+def _facts(arms: list[dict[str, Any]]) -> dict[str, Any]:
+    keys = ("quality", "seconds", "peak_bytes", "speedup", "file", "parameters")
+    return {key: float(np.mean([arm[key] for arm in arms])) for key in keys}
+
+
+def _ratio(whole: list[float], part: list[float]) -> list[float]:
+    """Geometric mean and t-interval of the ratios."""
+    return [float(np.exp(v)) for v in seeds_interval(np.log(np.array(whole) / np.array(part)))]
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown."""
+    head = (
+        "task",
+        "budget",
+        "advised",
+        "quality",
+        "lost, points",
+        "predicted",
+        "times as fast",
+        "with advising",
+        "latency",
+        "file",
+    )
+    rows = []
+    for name, task in result["tasks"].items():
+        for arm, f in task["arms"].items():
+            row = [name if arm == "everything" else "", arm]
+            if arm == "everything":
+                rows.append([*row, "", f"{f['quality']:.1f}", "", "", "", "", "1.00", "1.00"])
+                continue
+            kept = sorted(
+                {f"{keep:.0%} {choice}" for keep, choice in zip(f["keeps"], f["choices"], strict=True)}
+            )
+            fast, all_in = f["times_as_fast"], f["times_as_fast_with_advising"]
+            rows.append(
+                [
+                    *row,
+                    "; ".join(kept),
+                    f"{f['quality']:.1f}",
+                    readme.interval(f["lost"]),
+                    f"{f['predicted']:+.1f}",
+                    f"{fast[0]:.1f} [{fast[1]:.1f}, {fast[2]:.1f}]",
+                    f"{all_in[0]:.1f}",
+                    f"{1 / f['speedup']:.2f}",
+                    f"{f['file']:.2f}",
+                ]
+            )
+    shares = ", ".join(f"{n} {t['advising_over_full'][0]:.0%}" for n, t in result["tasks"].items())
+    return (
+        readme.table(head, rows)
+        + f"\n\nAdvising (once for all three budgets) took, of the full run: {shares}."
+    )

@@ -1,0 +1,241 @@
+"""What pays on your data: `advise` measures it in a fraction of one fine-tuning run and writes the recipe."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ..data.budget import count
+from ..data.sources import open_dataset
+from ..data.store import write_atomic, write_json
+from ..opening import opened
+from ..pipeline.progress import Sayer
+from ..recipe import DataSpec, ModelSpec, Recipe, TuneSpec, check, dump, to_dict
+from ..types import Task
+from .budget import Budget
+from .probes import KEEPS, SCORED, Choice
+from .recommend import Option, best_of, recommend, sentence
+from .work import WAYS, Work
+from .writing import recipe_of
+
+__all__ = ["Advice", "Budget", "Choice", "advise"]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What was found.
+
+    Attributes:
+        result: as in `result.json`.
+        recipe: what is advised, for `serpette.run`.
+        folder: of `result.json` and `report.html`.
+    """
+
+    result: dict[str, Any]
+    recipe: Recipe
+    folder: Path
+
+    @property
+    def sentence(self) -> str:
+        """The recommendation."""
+        return self.result["recommendation"]["sentence"]
+
+
+def advise(
+    model: Any,
+    dataset: Any,
+    *,
+    time: str | None = None,
+    memory: str | None = None,
+    latency: str | None = None,
+    max_loss: float | None = None,
+    tune: TuneSpec | None = None,
+    split: str = "train",
+    limit: int | None = None,
+    test: str | None = None,
+    test_split: str = "test",
+    test_limit: int | None = None,
+    label_column: str | None = None,
+    max_length: int | None = None,
+    task: Task | None = None,
+    options: dict[str, Any] | None = None,
+    choices: Sequence[Choice] = SCORED,
+    keeps: Sequence[float] = KEEPS,
+    metric: Literal["accuracy", "balanced_accuracy"] = "accuracy",
+    clean_test: bool = False,
+    compare: bool = False,
+    out: str | Path = "advice.yaml",
+    batch_size: int = 64,
+    device: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+) -> Advice:
+    """Which examples, what way to tune and how many weights to cut: measured on the user's data and model.
+
+    Takes at most a fifth of the fine-tune that it advises on, unless that is very short. Everything is kept
+    on disk as it is found, and a stopped call goes on from there.
+
+    Args:
+        model, dataset: names or paths, see `serpette.data.sources`.
+        time, memory, latency, max_loss: the budget, see `Budget`.
+        tune: the fine-tune that is advised on; `method` lora, rows or full. Default: LoRA, 3 epochs.
+        split, limit, test, test_split, test_limit, label_column, max_length, task, options: of the data and
+            of the model, as in a recipe.
+        choices: ways to choose examples beside the balanced random ones.
+        keeps: shares that are tried, in (0, 1).
+        metric: `"balanced_accuracy"` where each class counts the same on the test examples, whatever its
+            share of the training examples.
+        clean_test: the labels of the test examples are right even if some of the training examples' are not;
+            by default they are as noisy.
+        compare: the recipe also trains on everything and on a random choice, to see whether it came true.
+        out: file for the recipe; what was found goes to a folder of that name beside it.
+        batch_size: examples a forward pass.
+        seed: of everything random.
+
+    Raises:
+        ValueError: a wrong or impossible budget; bad data.
+
+    Example:
+        >>> advise("minilm-l6", "movie-snippets", max_loss=0.5)  # doctest: +SKIP
+    """
+    limits, tune = Budget(time, memory, latency, max_loss), tune or TuneSpec()
+    if tune.method not in WAYS:
+        raise ValueError(f"tune.method={tune.method!r} is not advised on; give one of {', '.join(WAYS)}")
+    if metric not in ("accuracy", "balanced_accuracy"):
+        raise ValueError(f"metric={metric!r} must be 'accuracy' or 'balanced_accuracy'")
+    for keep in keeps:
+        count(100, keep)
+    out = Path(out)
+    folder = out.with_suffix("") if out.suffix else out
+    out = out if out.suffix else out / "recipe.yaml"
+    say = Sayer(progress)
+    say(f"opening {model} and {dataset}")
+    reading = {"label_column": label_column, "max_length": max_length}
+    job = opened(
+        model,
+        dataset,
+        split=split,
+        limit=limit,
+        task=task,
+        device=device,
+        seed=seed,
+        options=options,
+        **reading,
+    )
+    settings = {
+        "model": str(model),
+        "dataset": str(dataset),
+        "split": split,
+        "limit": limit,
+        "tune": asdict(tune),
+        "task": job.task,
+        "options": options or {},
+        "metric": metric,
+        "seed": seed,
+        "keeps": list(keeps),
+        "choices": [asdict(c) for c in choices],
+        "batch_size": batch_size,
+        **reading,
+    }
+    _claim(folder, settings)
+    work = Work(job, folder, say, tune, reading, batch_size, seed, limits)
+    work.step()
+    probed = job.task != "causal-lm"
+    if probed:
+        work.observe()
+        judged = metric if job.task == "classification" else "r2"
+        work.probe(choices, keeps, judged)
+        work.pilot(judged)
+    else:
+        work.pilots()
+    work.ways()
+    work.weights()
+    found, curve = work.outlooks(keeps, clean_test)
+    result = work.result(found, curve, {"train": f"{dataset}[{split}]", "model": str(model)}, metric)
+    ways = [t for t in work.tunings if t.name.removesuffix(", checkpointing") == WAYS[tune.method]]
+    if all(t.peak_bytes > limits.bytes for t in ways):
+        ways = work.tunings
+    by_share = [[o for o in found if o.keep == keep] for keep in sorted({o.keep for o in found})]
+    picks = [pick for same in by_share for pick in best_of(same)]
+    cutting = [c for c in work.cuts if tune.method != "rows"] if limits.speed > 1 else []
+    choosable = [
+        Option(o, way, cut, o.scoring + way.step_seconds * work.steps(o.examples))
+        for o in picks
+        for way in ways
+        for cut in [None, *cutting]
+    ]
+    write_json(folder / "result.json", result)  # what was found stays, whatever the budget says
+    ranked = recommend(choosable, limits, work.full_seconds)
+    best = ranked[0]
+    runners_up: list[Option] = []
+    for option in ranked[1:]:
+        if all(_differs(option, o) for o in (best, *runners_up)) and len(runners_up) < 2:
+            runners_up.append(option)
+    random = max(
+        (o for o in found if o.keep == best.outlook.keep and o.choice.by_chance), key=lambda o: o.value
+    )
+    said = sentence(best, work.full_seconds, work.unit)
+    result["recommendation"] = {"sentence": said} | best.as_dict()
+    result["runners_up"] = [
+        o.as_dict() | {"sentence": sentence(o, work.full_seconds, work.unit)} for o in runners_up
+    ]
+    tested = _has_test(test or dataset, test_split)
+    if not tested:
+        result["notes"].append(
+            f"No test examples were found ({test or dataset}[{test_split}]); the recipe evaluates nothing."
+        )
+    recipe = recipe_of(
+        best,
+        name=out.stem if out.stem[:1].isalnum() else "advised",
+        model=ModelSpec(str(model), options or {}),
+        data=DataSpec(
+            str(dataset),
+            test,
+            split,
+            test_split,
+            limit,
+            test_limit,
+            label_column,
+            max_length,
+        ),
+        tune=tune,
+        task=task,
+        seed=seed,
+        device=device,
+        batch_size=batch_size,
+        on_gpu=job.on_gpu,
+        controls=random.choice if compare else None,
+        same_metric=metric == "accuracy",
+        evaluate=tested,
+    )
+    check(recipe, str(out))
+    result["recipe"] = to_dict(recipe)
+    write_json(folder / "result.json", result)
+    write_atomic(out, dump(recipe))
+    from ..report import write
+
+    write(folder)
+    return Advice(result, recipe, folder)
+
+
+def _differs(option: Option, other: Option) -> bool:
+    return (option.outlook.keep, option.sparsity) != (other.outlook.keep, other.sparsity)
+
+
+def _has_test(source: Any, split: str) -> bool:
+    try:
+        return len(open_dataset(source, split)) > 0
+    except (ValueError, FileNotFoundError):
+        return False
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """The folder is for these settings: begun with them, or empty of work."""
+    path = folder / "settings.json"
+    text = json.dumps(settings, indent=1, sort_keys=True, default=list)
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{folder} holds the advice on something else; give another --out, or delete it")
+    write_atomic(path, text)

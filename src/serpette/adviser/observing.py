@@ -1,0 +1,92 @@
+"""The observing pass of an adviser: as many examples as the time allows, their health, heads on them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cost import call
+from ..data.examples import Examples
+from ..data.observe import Observation, evaluating, observe
+from ..data.sources import open_dataset
+from ..opening import Opened
+from .head import cross_fitted
+from .health import examine
+
+LEAST = 200  # examples: with fewer a probe says nothing
+
+
+def example_seconds(opened: Opened, batch_size: int) -> float:
+    """Seconds in which an example is read and goes forward through the model."""
+    rows = list(range(min(batch_size, len(opened.examples))))
+    device = next(opened.model.parameters()).device
+    best = float("inf")
+    for _ in range(2):  # the first pays for what is set up once
+        start = time.perf_counter()
+        _, inputs, _, _ = opened.examples.read(rows)
+        with evaluating(opened.model), torch.inference_mode():
+            output = call(opened.model, {k: v.to(device) for k, v in inputs.items()})
+        getattr(output, "logits", output).float().sum().item()  # waits for a GPU
+        best = min(best, (time.perf_counter() - start) / len(rows))
+    return best
+
+
+def observed(
+    opened: Opened,
+    n: int,
+    reading: dict[str, Any],
+    *,
+    batch_size: int,
+    folder: Path,
+    seed: int,
+    progress: bool,
+) -> tuple[Observation, Examples]:
+    """The pass over `n` examples, drawn by `seed`, class by class; and the examples that were read."""
+    dataset = opened.dataset
+    if n < len(dataset):
+        dataset = open_dataset(dataset, limit=n, seed=seed)
+    examples = Examples(dataset, processing_class=opened.processor, task=opened.task, **reading)
+    found = observe(
+        opened.model,
+        examples,
+        task=opened.task,
+        batch_size=batch_size,
+        folder=folder,
+        seed=seed,
+        progress=progress,
+    )
+    return found, examples
+
+
+def health_of(found: Observation, examples: Examples, classes: list[str], seed: int) -> dict[str, Any]:
+    """Of the observed examples, see `health.examine`; with those that could not be read."""
+    signals, rows = found.signals, found.rows.tolist()
+
+    def equal(a: int, b: int) -> bool:
+        first, second = (examples.read([rows[n]])[1] for n in (a, b))
+        return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+    outputs = None
+    if signals.num_classes > 1 and signals.embeddings is not None and signals.labels is not None:
+        outputs = cross_fitted(
+            signals.embeddings, signals.labels, signals.num_classes, seed=seed, ids=signals.ids
+        )
+    health = examine(signals, outputs, classes, equal)
+    return health | {"set_aside": [{"id": i, "reason": why} for i, why in found.set_aside.items()]}
+
+
+def reader(
+    examples: Examples, rows: Tensor, labels: Tensor | None
+) -> Callable[[list[int]], dict[str, Tensor]]:
+    """What turns positions into inputs of the model, with labels."""
+
+    def read(positions: list[int]) -> dict[str, Tensor]:
+        _, inputs, _, _ = examples.read(rows[positions].tolist())
+        return inputs if labels is None else {**inputs, "labels": labels[positions]}
+
+    return read

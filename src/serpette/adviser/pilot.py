@@ -1,0 +1,122 @@
+"""Short tunings: what a head on frozen features does not tell.
+
+For a causal language model, which no head stands for, they are the learning curve: the model is tuned with
+the user's settings on small random subsets of growing size, several times, and each time judged on examples
+that were held out. For other tasks one short tuning tells how far the tuned model is behind a head that is
+fitted to the end, for want of steps: a few examples are soon learned by a head, not by twenty steps of LoRA.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..arms import predict
+from ..data.examples import Examples
+from ..data.store import write_json
+from ..recipe import TuneSpec
+from ..scoring import tuned_head
+from ..tuning import set_seeds, train, trainable
+from ..types import uniform_of
+from .curve import Curve, fit
+
+SHARES = (0.25, 0.5, 1.0)  # of the largest pilot
+REPEATS = 3
+HELD = 64  # examples that judge
+TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "warmup")
+
+
+def sizes_for(seconds: float, example_seconds: float, epochs: int, total: int, batch_size: int) -> list[int]:
+    """Examples of each pilot, so that all together take about `seconds`; at least a batch, at most a quarter.
+
+    Args:
+        example_seconds: of one example in a training step.
+    """
+    largest = int(seconds / (REPEATS * sum(SHARES) * epochs * example_seconds))
+    largest = min(max(largest, 4 * batch_size), max(total // 4, 4))
+    return sorted({max(1, round(share * largest)) for share in SHARES})
+
+
+def learning_curve(
+    model: Any,
+    examples: Examples,
+    sizes: list[int],
+    tune: TuneSpec,
+    *,
+    batch_size: int = 8,
+    seed: int = 0,
+    folder: Path | None = None,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Curve, np.ndarray]:
+    """The curve of quality (minus the mean response loss, in hundredths of a nat), and (P, REPEATS) values.
+
+    Args:
+        model: without adapters; left as it is.
+        examples: of which subsets are drawn by `seed`; HELD of them, at most a fifth, judge.
+        folder: where finished pilots are kept, so that a killed run goes on.
+    """
+    held = min(HELD, max(1, len(examples) // 5))
+    values = np.empty((len(sizes), REPEATS))
+    for repeat in range(REPEATS):
+        order = uniform_of(examples.ids, 1000 * seed + repeat).argsort().tolist()
+        judges, pool = order[:held], order[held:]
+        for place, size in enumerate(sizes):
+            file = folder / f"{repeat}-{size}.json" if folder else None
+            if file is not None and file.exists():
+                values[place, repeat] = json.loads(file.read_text(encoding="utf-8"))["value"]
+                continue
+            say(f"a pilot on {size} examples, {repeat * len(sizes) + place + 1} of {values.size}")
+            losses = tuned_outputs(
+                model, examples, pool[:size], judges, tune, batch_size=batch_size, seed=seed + repeat
+            )
+            values[place, repeat] = -100 * float(losses[:, 0].double().mean())
+            if file is not None:
+                write_json(file, {"value": values[place, repeat]})
+    return fit(np.array(sizes, float), values), values
+
+
+def tuned_outputs(
+    model: Any,
+    examples: Examples,
+    rows: list[int],
+    judges: list[int],
+    tune: TuneSpec,
+    *,
+    labels: torch.Tensor | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> torch.Tensor:
+    """Outputs of `judges`, as `arms.predict` gives them, by a copy of `model` tuned on `rows`.
+
+    Args:
+        labels: (k,) of `rows`; None in a causal language model.
+    """
+    set_seeds(seed)
+    network = copy.deepcopy(model)
+    network = trainable(network, tuned_head(network), **tune.adapter(seed))
+
+    def collate(picks: list[int]) -> dict[str, torch.Tensor]:
+        inputs = examples.read([rows[p] for p in picks])[1]
+        return inputs if labels is None else {**inputs, "labels": labels[picks]}
+
+    train(network, len(rows), collate, seed=seed, **{name: getattr(tune, name) for name in TRAINING})
+    return predict(network, _View(examples, judges), batch_size)[0]  # type: ignore[arg-type]
+
+
+class _View:
+    """Some rows of `Examples`, as `predict` reads them."""
+
+    def __init__(self, examples: Examples, rows: list[int]):
+        self.examples, self.rows, self.task = examples, rows, examples.task
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, places: range) -> Any:
+        return self.examples.read([self.rows[p] for p in places])

@@ -1,0 +1,86 @@
+"""The recommendation as a recipe that `serpette run` takes as it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from ..recipe import ArmSpec, DataSpec, ModelSpec, PruneSpec, Recipe, TuneSpec
+from .probes import Choice
+from .recommend import Option
+
+
+def recipe_of(
+    option: Option,
+    *,
+    name: str,
+    model: ModelSpec,
+    data: DataSpec,
+    tune: TuneSpec,
+    task: Any,
+    seed: int,
+    device: str,
+    batch_size: int,
+    on_gpu: bool,
+    controls: Choice | None,
+    out: str | None = None,
+    same_metric: bool = True,
+    evaluate: bool = True,
+) -> Recipe:
+    """One arm: what is advised. With `controls`, also everything and the same share by chance.
+
+    Args:
+        on_gpu: peak memory is predicted for tensors, as CUDA counts them; a CPU's is of the process.
+        controls: the choice by chance that stands beside a score.
+        same_metric: the run measures what was predicted: accuracy, not balanced accuracy.
+    """
+    chosen, way = option.outlook, option.tuning
+    tune = replace(
+        tune,
+        method=way.method,
+        modes=way.modes or "rows",
+        freeze_attention=way.freeze_attention,
+        checkpointing=way.checkpointing,
+    )
+    low, high = option.interval
+    predicted: dict[str, float] = {"seconds": option.seconds}
+    if same_metric:
+        predicted |= {"loss": option.loss, "loss_low": low, "loss_high": high}
+    if on_gpu:
+        predicted["peak_bytes"] = way.peak_bytes
+    if option.speedup:
+        predicted["speedup"] = option.speedup
+    arms = [_arm("advised", chosen.choice, chosen.keep, {k: round(v, 4) for k, v in predicted.items()})]
+    if controls is not None and (chosen.keep < 1 or option.cut):
+        whole: dict[str, Any] = {"prune": {"sparsity": 0.0}} if option.cut else {}
+        arms.insert(0, replace(_arm("everything", chosen.choice, 1.0, {}), **whole))
+        if not chosen.choice.by_chance:
+            arms.append(_arm(controls.name, controls, chosen.keep, {}))
+    recipe = Recipe(
+        name=name, model=model, data=data, arms=tuple(arms), tune=tune, task=task, seed=seed, device=device,
+        batch_size=batch_size, out=out,
+    )  # fmt: skip
+    if option.cut:
+        recipe = replace(recipe, **_cutting(option, way.method))
+    if not evaluate:
+        recipe = replace(recipe, evaluate=None)
+    return recipe
+
+
+def _arm(name: str, choice: Choice, keep: float, predicted: dict[str, float]) -> ArmSpec:
+    if keep == 1:
+        return ArmSpec(name, predicted=predicted)
+    return ArmSpec(
+        name, choice.scorer, choice.select, keep, choice.per_class,
+        select_options=choice.select_options, predicted=predicted,
+    )  # fmt: skip
+
+
+def _cutting(option: Option, method: str) -> dict[str, Any]:
+    from ..recipe import ShrinkSpec
+
+    importance = "lora_prune" if method == "lora" else "magnitude"
+    return {
+        "prune": PruneSpec(importance, sparsity=option.sparsity, pattern="structured"),
+        "shrink": ShrinkSpec(),
+    }

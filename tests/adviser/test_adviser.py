@@ -1,0 +1,230 @@
+"""The whole adviser on tiny models: an answer, a recipe that runs; killed and gone on with; bad budgets."""
+
+import dataclasses
+import importlib
+import json
+import shutil
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from language import character_tokenizer
+
+from serpette import cli, pipeline, recipe
+from serpette.adviser import advise, work
+from serpette.adviser.pilot import learning_curve, sizes_for
+from serpette.data.examples import Examples
+from serpette.recipe import TuneSpec
+from serpette.zoo import tiny
+
+KEEPS = (0.3, 0.6)
+TUNE = TuneSpec(epochs=1, batch_size=4, rank=2)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A model and an image folder with three classes that tell themselves apart; one image is broken."""
+    from PIL import Image
+    from transformers import ViTImageProcessor
+
+    root = tmp_path_factory.mktemp("pictures")
+    tiny("vit").save_pretrained(root / "model")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(root / "model")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 60), ("test", 24)):
+        for i in range(n):
+            folder = root / "images" / split / "abc"[i % 3]
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = rng.integers(0, 90, (32, 32, 3)) + 80 * np.eye(3)[i % 3]
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    (root / "images" / "train" / "a" / "0.png").write_bytes(b"broken")
+    (root / "images" / "train" / "b" / "4.png").write_bytes(
+        (root / "images" / "train" / "b" / "1.png").read_bytes()
+    )
+    return root
+
+
+def advised(root, out, **budget):
+    return advise(
+        root / "model",
+        root / "images",
+        tune=TUNE,
+        keeps=KEEPS,
+        out=out,
+        progress=False,
+        **(budget or {"max_loss": 50.0}),
+    )
+
+
+@pytest.fixture(scope="module")
+def advice(pictures, tmp_path_factory):
+    return advised(
+        pictures, tmp_path_factory.mktemp("advice") / "pick.yaml", max_loss=50.0, latency="1x", compare=True
+    )
+
+
+def test_it_says_what_it_found(advice):
+    result = json.loads((advice.folder / "result.json").read_text())
+    assert result == json.loads(json.dumps(advice.result))
+    assert (
+        result["kind"] == "advice" and result["data"]["examples"] == 60 and result["data"]["observed"] == 59
+    )
+    assert result["health"]["classes"] == {"a": 19, "b": 20, "c": 20}
+    assert [s["id"] for s in result["health"]["set_aside"]] == ["train/a/0.png"] or "0.png" in str(
+        result["health"]["set_aside"]
+    )
+    assert result["health"]["exact_duplicates"]["examples"] == 1
+    assert {c["keep"] for c in result["choices"]} == set(KEEPS)
+    assert {"random", "herding"} <= {c["name"] for c in result["choices"]}
+    assert result["recommendation"]["sentence"] == advice.sentence and "predicted to lose" in advice.sentence
+    assert len(result["runners_up"]) == 2 and result["recommendation"]["seconds"] <= result["full"]["seconds"]
+    assert [s["sparsity"] for s in result["weights"]["sparsities"]][0] == 0.25
+    assert (advice.folder / "report.html").stat().st_size > 10_000
+
+
+def test_its_recipe_runs_as_it_is_and_the_prediction_stands_beside_what_came(advice, tmp_path):
+    job = recipe.load(advice.folder.with_suffix(".yaml"))
+    assert job == advice.recipe and job.arms[0].name == "everything"
+    pipeline.run(dataclasses.replace(job, out=str(tmp_path)), progress=False)
+    arms = {a["name"]: a for a in json.loads((tmp_path / "result.json").read_text())["arms"]}
+    assert arms["advised"]["predicted"] == advice.recipe.arms[1].predicted
+    assert arms["advised"]["examples"] == advice.result["recommendation"]["choice"]["examples"]
+
+
+@pytest.mark.parametrize("part", ["tunings", "measure", "cuts"])
+def test_a_killed_advice_goes_on_and_says_the_same(part, advice, pictures, tmp_path, monkeypatch):
+    """With the costs of the first call, which are measured, all else is the same."""
+    out = tmp_path / "pick.yaml"
+    (tmp_path / "pick" / "found").mkdir(parents=True)
+    home = {"observed": work.observing, "recommend": importlib.import_module("serpette.adviser")}.get(
+        part, work
+    )
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    shutil.copy(advice.folder / "found" / "step.json", tmp_path / "pick" / "found")
+    if part == "tunings":
+        (tmp_path / "pick" / "found" / "step.json").unlink()
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(home, part, killed)
+        advised(pictures, out, max_loss=50.0, latency="1x")
+    assert not out.exists()
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "pick" / "found").iterdir()}
+    again = advised(pictures, out, max_loss=50.0, latency="1x")
+    assert all(f.stat().st_mtime_ns == time for f, time in before.items() if f.name != "probing.json")
+    first = [
+        {k: c[k] for k in ("name", "keep", "value", "loss", "to_random")} for c in advice.result["choices"]
+    ]
+    assert [
+        {k: c[k] for k in ("name", "keep", "value", "loss", "to_random")} for c in again.result["choices"]
+    ] == first
+    assert again.result["health"] == advice.result["health"]
+
+
+@pytest.mark.parametrize(
+    "budget, words",
+    [
+        ({"time": "0.001x"}, "time='0.001x' is too little: the cheapest option takes"),
+        ({"memory": "0.01MB"}, "memory='0.01MB' is too little for every way to tune: the least is"),
+        ({"latency": "0.01x"}, "latency='0.01x' is not reached: the fastest model measured is"),
+    ],
+)
+def test_impossible_budgets_say_what_comes_nearest_and_keep_what_was_found(
+    budget, words, pictures, advice, tmp_path
+):
+    shutil.copytree(advice.folder, tmp_path / "pick")
+    with pytest.raises(ValueError, match=words):
+        advised(pictures, tmp_path / "pick.yaml", **budget)
+    assert json.loads((tmp_path / "pick" / "result.json").read_text())["choices"]
+
+
+def test_another_job_does_not_take_the_folder(advice, pictures):
+    with pytest.raises(ValueError, match="holds the advice on something else; give another --out"):
+        advise(
+            pictures / "model",
+            pictures / "images",
+            keeps=(0.5,),
+            out=advice.folder.with_suffix(".yaml"),
+            progress=False,
+        )
+
+
+def test_bad_arguments(pictures, tmp_path):
+    for given, words in (
+        ({"keeps": (1.5,)}, "keep=1.5"),
+        ({"tune": TuneSpec(method="head")}, "tune.method='head' is not advised on"),
+        ({"metric": "f1"}, "metric='f1' must be"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            advise(pictures / "model", pictures / "images", out=tmp_path / "x.yaml", progress=False, **given)
+
+
+def test_on_the_command_line(pictures, tmp_path, capsys):
+    out = tmp_path / "line.yaml"
+    args = [
+        "advise",
+        "--model",
+        str(pictures / "model"),
+        "--dataset",
+        str(pictures / "images"),
+        "--out",
+        str(out),
+    ]
+    assert cli.main([*args, "--epochs", "1", "--batch-size", "4", "--rank", "2", "--max-loss", "60"]) == 0
+    said = capsys.readouterr().out
+    assert "predicted to lose" in said and str(out) in said and out.exists()
+    assert cli.main([*args, "--time", "30"]) == 2
+    assert "time='30' must be" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    root = tmp_path_factory.mktemp("chats")
+    tiny("llama").save_pretrained(root / "model")
+    character_tokenizer().save_pretrained(root / "model")
+    rows = [{"prompt": "ab" * (i % 5 + 1), "response": "ba" * (i % 3 + 1)} for i in range(80)]
+    for split, part in (("train", rows[:60]), ("test", rows[60:])):
+        datasets.Dataset.from_list(part).to_json(root / f"{split}.jsonl")
+    return root
+
+
+def test_a_language_model_has_a_curve_of_short_tunings(chats, tmp_path):
+    advice = advise(
+        chats / "model",
+        chats / "train.jsonl",
+        test=str(chats / "test.jsonl"),
+        max_length=64,
+        max_loss=90.0,
+        tune=TuneSpec(epochs=1, batch_size=4, rank=2, learning_rate=0.01),
+        keeps=KEEPS,
+        out=tmp_path / "lm.yaml",
+        progress=False,
+    )
+    result = advice.result
+    assert result["metric"] == "loss" and {c["name"] for c in result["choices"]} == {"random"}
+    assert [p["examples"] for p in result["curve"]["points"]] == [4, 8, 15]
+    assert result["full"]["value"] > 0 and recipe.load(tmp_path / "lm.yaml").arms
+    assert (tmp_path / "lm" / "report.html").exists()
+
+
+def test_pilots_are_those_of_a_loop_and_are_kept(chats, tmp_path):
+    from serpette.data.sources import open_dataset, open_model
+
+    model, tokenizer = open_model(chats / "model", task="causal-lm")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    examples = Examples(
+        open_dataset(chats / "train.jsonl"), processing_class=tokenizer, max_length=64, task="causal-lm"
+    )
+    _, values = learning_curve(model, examples, [4, 8], TUNE, folder=tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert len(list(tmp_path.iterdir())) == 6 and (values < 0).all()
+    _, again = learning_curve(None, examples, [4, 8], TUNE, folder=tmp_path)
+    assert np.array_equal(values, again)
+
+
+def test_pilot_sizes_keep_the_time():
+    assert sizes_for(52.5, 0.1, 1, 10_000, 4) == [25, 50, 100]
+    assert sizes_for(0.0, 0.1, 1, 10_000, 4) == [4, 8, 16]
+    assert sizes_for(1e9, 0.1, 1, 400, 4) == [25, 50, 100]

@@ -1,0 +1,110 @@
+"""What is recommended out of options made by hand."""
+
+import math
+
+import pytest
+
+from serpette.adviser.budget import Budget
+from serpette.adviser.probes import RANDOM, Choice
+from serpette.adviser.recommend import Noise, Option, Outlook, best_of, recommend, sentence
+from serpette.adviser.tuning import Tuning
+
+HERDING = Choice("herding", "herding", "top_hard")
+
+
+def outlook(keep, loss, error=0.5, choice=RANDOM, beats=0.0, value=None):
+    value = 90 - loss if value is None else value
+    half = 1.96 * error
+    ends = (value, value - half, value + half, loss, loss - half, loss + half)
+    to_random = None if choice.by_chance else (1.0, 0.2, 1.8)
+    return Outlook(choice, keep, round(1000 * keep), *ends, to_random, beats)
+
+
+def tuning(name="LoRA", peak=2**30, seconds=1.0):
+    return Tuning(name, "lora", None, False, "checkpointing" in name, 1000, peak, seconds, True)
+
+
+def option(keep, loss, seconds, *, error=0.5, way=None, cut=None, choice=RANDOM):
+    return Option(outlook(keep, loss, error, choice), way or tuning(), cut, seconds)
+
+
+EVERYTHING = option(1.0, 0.0, 100.0, error=0.0)
+HALF, THIRD = option(0.5, 0.4, 50.0), option(0.3, 2.0, 30.0)
+
+
+def test_without_a_time_limit_the_least_time_that_is_likely_within_the_loss():
+    assert recommend([EVERYTHING, HALF, THIRD], Budget(), 100.0) == [HALF, EVERYTHING]
+    assert recommend([EVERYTHING, HALF, THIRD], Budget(max_loss=3.0), 100.0)[0] is THIRD
+    unsure = option(0.5, 0.4, 50.0, error=1.3)  # 0.4 + 0.52 * 1.3 is above 1
+    assert recommend([EVERYTHING, unsure], Budget(), 100.0) == [EVERYTHING]
+
+
+def test_with_a_time_limit_the_least_loss():
+    assert recommend([EVERYTHING, HALF, THIRD], Budget(time="0.6x"), 100.0) == [HALF, THIRD]
+    assert recommend([EVERYTHING, HALF, THIRD], Budget(time="35s"), 100.0) == [THIRD]
+
+
+def test_memory_and_latency():
+    small = option(1.0, 0.0, 140.0, error=0.0, way=tuning("LoRA, checkpointing", 2**29))
+    assert recommend([EVERYTHING, small], Budget(memory="0.6GiB"), 100.0) == [small]
+    cut = {
+        "sparsity": 0.5,
+        "loss": 3.0,
+        "low": 2.0,
+        "high": 4.0,
+        "timings": [{"batch_size": 8, "speedup": 1.8}],
+    }
+    pruned = option(1.0, 0.0, 100.0, error=0.0, cut=cut)
+    assert recommend([EVERYTHING, pruned], Budget(latency="0.6x"), 100.0) == [pruned]
+    assert pruned.loss == 3.0 and pruned.interval == pytest.approx((2.0, 4.0))
+    both = option(0.5, 0.4, 50.0, cut=cut)
+    assert both.loss == pytest.approx(3.4)
+    assert both.interval[1] - both.loss == pytest.approx(math.hypot(0.98, 1.0))
+
+
+@pytest.mark.parametrize(
+    "budget, words",
+    [
+        (
+            {"time": "0.4x", "max_loss": 0.5},
+            r"max_loss=0.5 cannot be promised with time=0.4x: .* 2.0 points \(1.0 to 3.0\)",
+        ),
+        (
+            {"time": "0.2x"},
+            "time='0.2x' is too little: the cheapest option takes 30 s, 0.30x of the full run",
+        ),
+        ({"memory": "1MB"}, r"the least is 1.00GiB \(LoRA\)"),
+        ({"latency": "0.5x"}, "latency='0.5x' is not reached: the fastest model measured is 1.00x"),
+    ],
+)
+def test_impossible_budgets_name_the_limit_and_the_nearest(budget, words):
+    with pytest.raises(ValueError, match=words):
+        recommend([EVERYTHING, HALF, THIRD], Budget(**budget), 100.0)
+
+
+def test_a_score_is_advised_only_where_it_is_likely_above_chance():
+    random, score = outlook(0.3, 2.0), outlook(0.3, 1.0, choice=HERDING, beats=0.6)
+    assert best_of([random, score]) == [random]
+    score = outlook(0.3, 1.0, choice=HERDING, beats=0.8)
+    assert best_of([random, score]) == [random, score]
+
+
+def test_what_is_said():
+    assert "Keep everything and tune LoRA on all 1,000 examples (100 s" in sentence(
+        EVERYTHING, 100.0, "points"
+    )
+    said = sentence(HALF, 100.0, "points")
+    assert (
+        "a balanced random 50%, 500 examples" in said
+        and "lose 0.4 points (-0.6 to 1.4) in 50 s, 0.50" in said
+    )
+    said = sentence(option(0.3, 1.0, 30.0, choice=HERDING), 100.0, "points")
+    assert "300 examples, that herding chooses (+1.0 points to a balanced random choice)" in said
+
+
+def test_accuracy_on_right_labels_is_that_of_the_noise_model():
+    noise = Noise(0.2, 0.01, 5)
+    for right in (0.3, 0.7, 0.95):
+        as_given = 100 * (right * 0.8 + (1 - right) * 0.2 / 4)
+        assert noise.right(as_given) == pytest.approx(100 * right)
+    assert noise.uncertainty(70.0) > 0.5
