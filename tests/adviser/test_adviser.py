@@ -156,9 +156,10 @@ def test_bad_arguments(pictures, tmp_path):
         ({"keeps": (1.5,)}, "keep=1.5"),
         ({"tune": TuneSpec(method="head")}, "tune.method='head' is not advised on"),
         ({"metric": "f1"}, "metric='f1' must be"),
+        ({"dataset": [1, 2]}, "dataset=list must be a name or a path"),
     ):
         with pytest.raises(ValueError, match=words):
-            advise(pictures / "model", pictures / "images", out=tmp_path / "x.yaml", progress=False, **given)
+            advise(pictures / "model", **({"dataset": pictures / "images", "out": tmp_path} | given))
 
 
 def test_on_the_command_line(pictures, tmp_path, capsys):

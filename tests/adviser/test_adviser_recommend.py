@@ -2,11 +2,21 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from serpette.adviser.budget import Budget
-from serpette.adviser.probes import RANDOM, Choice
-from serpette.adviser.recommend import Noise, Option, Outlook, best_of, recommend, sentence
+from serpette.adviser.probes import RANDOM, Choice, Measured
+from serpette.adviser.recommend import (
+    Behind,
+    Noise,
+    Option,
+    Outlook,
+    best_of,
+    outlooks,
+    recommend,
+    sentence,
+)
 from serpette.adviser.tuning import Tuning
 
 HERDING = Choice("herding", "herding", "top_hard")
@@ -108,3 +118,22 @@ def test_accuracy_on_right_labels_is_that_of_the_noise_model():
         as_given = 100 * (right * 0.8 + (1 - right) * 0.2 / 4)
         assert noise.right(as_given) == pytest.approx(100 * right)
     assert noise.uncertainty(70.0) > 0.5
+
+
+def test_a_tuning_of_few_steps_is_behind_the_head():
+    held = Measured(
+        [RANDOM],
+        (0.1, 0.5),
+        {(RANDOM.name, keep): np.full(5, value) for keep, value in ((0.1, 70.0), (0.5, 80.0), (1.0, 82.0))},
+        100, 25, 5, {},
+    )  # fmt: skip
+    plain = {o.keep: o for o in outlooks(held, 100)}
+    late = {o.keep: o for o in outlooks(held, 100, behind=Behind(30.0, 2.0, 5))}
+    assert [plain[k].value for k in (0.1, 0.5, 1.0)] == pytest.approx([70, 80, 82])
+    assert [late[k].value for k in (0.1, 0.5, 1.0)] == pytest.approx(
+        [70 - 15, 80 - 3, 82 - 1.5]
+    )  # 30 x 5 / n
+    assert late[0.1].loss == pytest.approx(12 + 15 - 1.5) and late[1.0].loss == 0
+    half = late[0.1].loss_high - late[0.1].loss
+    assert half == pytest.approx(2.776 * math.hypot(7.5, 2.0 * 5 / 10), rel=1e-3)
+    assert Behind(-4.0, 1.0, 5).at(50) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,7 +80,7 @@ def advise(
     on disk as it is found, and a stopped call goes on from there.
 
     Args:
-        model, dataset: names or paths, see `serpette.data.sources`.
+        model, dataset: names or paths, see `serpette.data.sources`: the recipe names them.
         time, memory, latency, max_loss: the budget, see `Budget`.
         tune: the fine-tune that is advised on; `method` lora, rows or full. Default: LoRA, 3 epochs.
         split, limit, test, test_split, test_limit, label_column, max_length, task, options: of the data and
@@ -108,6 +109,12 @@ def advise(
         raise ValueError(f"metric={metric!r} must be 'accuracy' or 'balanced_accuracy'")
     for keep in keeps:
         count(100, keep)
+    for name, given in (("model", model), ("dataset", dataset)):
+        if not isinstance(given, (str, os.PathLike)):
+            raise ValueError(
+                f"{name}={type(given).__name__} must be a name or a path, since a recipe is written that "
+                "names it; save it first: save_pretrained, save_to_disk"
+            )
     out = Path(out)
     folder = out.with_suffix("") if out.suffix else out
     out = out if out.suffix else out / "recipe.yaml"
