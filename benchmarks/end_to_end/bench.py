@@ -46,7 +46,7 @@ def main(out: Path, args: list[str]) -> None:
     if chosen.quick:
         TASKS.update({name: replace(task, train=200, test=60) for name, task in TASKS.items()})
     if not chosen.report:
-        jobs = [(TASKS[name], seed, folder) for seed in range(seeds) for name in names]
+        jobs = [(TASKS[name], seed, folder) for name in names for seed in range(seeds)]
         tasks.in_parallel(run, jobs, chosen.workers, "tasks and seeds")
     found = {}
     for name in TASKS:

@@ -49,11 +49,11 @@ def advise(
     Args:
         model: The pre-trained model: a zoo name, a hub id or a local folder.
         dataset: The examples: a zoo name, a hub id, an image folder, or a parquet, CSV or JSONL file.
-        time: Limit of scoring and tuning: a share of tuning with everything (0.3x), or 600s, 10min, 2h. With
-            it, the least loss is advised; without, the least time.
+        time: Limit of scoring and tuning: a share of tuning with everything (0.3x), or 600s, 10min, 2h.
         memory: Limit of a training step's peak, such as 8GiB or 500MB.
         latency: Of the finished model to the unpruned one, such as 0.6x.
-        max_loss: Points of the metric that may be lost to keeping everything. Without any limit: 1.0.
+        max_loss: Points of the metric that may be lost to keeping everything. Without any limit: 1.0. Where
+            the time is not limited, the least time that keeps it is advised; else the least loss.
         out: File of the recipe; a stopped command goes on in the folder of that name.
         method: The fine-tune that is advised on: LoRA, rows or every weight.
         epochs: Of it.

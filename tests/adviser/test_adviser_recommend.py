@@ -67,6 +67,8 @@ def test_memory_and_latency():
     pruned = option(1.0, 0.0, 100.0, error=0.0, cut=cut)
     assert recommend([EVERYTHING, pruned], Budget(latency="0.6x"), 100.0) == [pruned]
     assert pruned.loss == 3.0 and pruned.interval == pytest.approx((2.0, 4.0))
+    quick = option(0.1, 9.0, 10.0, cut=cut)
+    assert recommend([quick, pruned], Budget(latency="0.6x"), 100.0)[0] is pruned  # not the least time
     both = option(0.5, 0.4, 50.0, cut=cut)
     assert both.loss == pytest.approx(3.4)
     assert both.interval[1] - both.loss == pytest.approx(math.hypot(0.98, 1.0))

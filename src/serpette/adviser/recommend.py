@@ -245,7 +245,7 @@ def choice_dict(o: Outlook) -> dict[str, Any]:
 
 
 def recommend(options: Sequence[Option], limits: Budget, full_seconds: float) -> list[Option]:
-    """The options that fit, best first: with a time limit the least loss, without the least time.
+    """The options that fit, best first: the least time where the loss alone is limited, else the least loss.
 
     Raises:
         ValueError: none fits; it names the limit that none keeps, what comes nearest, and the way out.
@@ -263,9 +263,9 @@ def recommend(options: Sequence[Option], limits: Budget, full_seconds: float) ->
         if not kept:
             raise ValueError(_impossible(name, left, limits, full_seconds))
         left = kept
-    if limits.time is not None:
-        return sorted(left, key=lambda o: (round(o.loss, 1), o.seconds))
-    return sorted(left, key=lambda o: (o.seconds, o.loss))
+    if limits.max_loss is not None and limits.time is None:
+        return sorted(left, key=lambda o: (o.seconds, o.loss))
+    return sorted(left, key=lambda o: (round(o.loss, 1), o.seconds))
 
 
 def _impossible(name: str, left: Sequence[Option], limits: Budget, full_seconds: float) -> str:

@@ -38,7 +38,7 @@ FOLDS = 5
 JUDGES = 256  # examples that judge the short tuning
 CUT_EXAMPLES = {"causal-lm": 8}  # that the cut models read, else 400
 SENSITIVITY_EXAMPLES = {"causal-lm": 4}  # else 64
-CUT_SECONDS = 60.0  # for the weights at least, if the latency is limited
+CUT_SECONDS = 30.0  # for the weights at least, if the latency is limited
 WAYS = {"lora": "LoRA", "rows": "rows", "full": "full"}
 
 
