@@ -48,8 +48,8 @@ def fit(sizes: np.ndarray, values: np.ndarray, ceiling: float = np.inf, seed: in
     Example:
         >>> sizes = np.array([10.0, 100.0, 1000.0])
         >>> curve = fit(sizes, (90 - 50 * sizes**-0.5)[:, None].repeat(3, 1))
-        >>> round(curve(4000), 1)
-        89.2
+        >>> abs(curve(4000) - 89.2) < 0.2
+        True
     """
     if len(sizes) < 2:
         raise ValueError(f"sizes={sizes.tolist()} must be two or more, for a curve")
