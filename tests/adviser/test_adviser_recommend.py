@@ -52,6 +52,8 @@ def test_without_a_time_limit_the_least_time_that_is_likely_within_the_loss():
 def test_with_a_time_limit_the_least_loss():
     assert recommend([EVERYTHING, HALF, THIRD], Budget(time="0.6x"), 100.0) == [HALF, THIRD]
     assert recommend([EVERYTHING, HALF, THIRD], Budget(time="35s"), 100.0) == [THIRD]
+    unsure = option(0.05, -0.5, 5.0, error=8.0)
+    assert recommend([HALF, unsure], Budget(time="0.6x"), 100.0)[0] is HALF
 
 
 def test_memory_and_latency():

@@ -206,10 +206,10 @@ class Option:
         above = np.hypot(o.loss_high - o.loss, cut["high"] - cut["loss"])
         return float(self.loss - below), float(self.loss + above)
 
-    def likely_within(self, max_loss: float) -> bool:
-        """Whether the loss is at most `max_loss`, seven times in ten."""
-        error = (self.interval[1] - self.loss) / 1.96
-        return bool(self.loss + norm.ppf(SURE) * error <= max_loss)
+    @property
+    def likely_loss(self) -> float:
+        """What the loss is at most, seven times in ten: an unsure option is no good one."""
+        return float(self.loss + norm.ppf(SURE) * (self.interval[1] - self.loss) / 1.96)
 
     def as_dict(self) -> dict[str, Any]:
         """For result.json."""
@@ -247,6 +247,8 @@ def choice_dict(o: Outlook) -> dict[str, Any]:
 def recommend(options: Sequence[Option], limits: Budget, full_seconds: float) -> list[Option]:
     """The options that fit, best first: the least time where the loss alone is limited, else the least loss.
 
+    A loss is what it is at most seven times in ten: of two that are alike the surer one comes first.
+
     Raises:
         ValueError: none fits; it names the limit that none keeps, what comes nearest, and the way out.
     """
@@ -255,7 +257,7 @@ def recommend(options: Sequence[Option], limits: Budget, full_seconds: float) ->
         "memory": lambda o: o.tuning.peak_bytes <= memory,
         "latency": lambda o: speed <= 1 or (o.speedup or 1.0) >= speed,
         "time": lambda o: o.seconds <= time,
-        "max_loss": lambda o: limits.max_loss is None or o.likely_within(limits.max_loss),
+        "max_loss": lambda o: limits.max_loss is None or o.likely_loss <= limits.max_loss,
     }
     left = list(options)
     for name, fits in tests.items():
@@ -265,7 +267,7 @@ def recommend(options: Sequence[Option], limits: Budget, full_seconds: float) ->
         left = kept
     if limits.max_loss is not None and limits.time is None:
         return sorted(left, key=lambda o: (o.seconds, o.loss))
-    return sorted(left, key=lambda o: (round(o.loss, 1), o.seconds))
+    return sorted(left, key=lambda o: (round(o.likely_loss, 1), o.seconds))
 
 
 def _impossible(name: str, left: Sequence[Option], limits: Budget, full_seconds: float) -> str:
