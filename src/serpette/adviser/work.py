@@ -176,8 +176,8 @@ class Work:
 
     def pilot(self, metric: str) -> None:
         """One short tuning beside a head on the same examples: how far it is behind, for want of steps."""
-        signals, labels = self.observation.signals, self.observation.signals.labels
-        assert labels is not None and signals.embeddings is not None
+        signals = self.observation.signals
+        labels, embeddings = signals.require("labels", "advise"), signals.require("embeddings", "advise")
         size = max(int(SHARE * PARTS["pilot"] * self.total), 2 * self.tune.batch_size)
         size = min(size, len(signals) // 2)
         self.say(f"a short tuning on {size} examples")
@@ -187,7 +187,7 @@ class Work:
             fold_N = folds_of(signals.ids, classes, len(signals) // size, self.seed)
             pool, mixed = (fold_N == 0).nonzero()[:, 0], uniform_of(signals.ids, self.seed).argsort()
             judges = mixed[fold_N[mixed] != 0][:JUDGES]
-            x_ND = whitened(signals.embeddings)
+            x_ND = whitened(embeddings)
             penalty = choose_penalty(x_ND[pool], labels[pool], signals.num_classes, signals.ids[pool.numpy()])
             W, b = fit_head(x_ND[pool], labels[pool], signals.num_classes, penalty)
             rows = self.observation.rows
