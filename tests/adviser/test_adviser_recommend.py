@@ -141,3 +141,6 @@ def test_a_tuning_of_few_steps_is_behind_the_head():
     half = late[0.1].loss_high - late[0.1].loss
     assert half == pytest.approx(2.776 * math.hypot(7.5, 2.0 * 5 / 10), rel=1e-3)
     assert Behind(-4.0, 1.0, 5).at(50) == 0
+    unknown = Behind(3.0, 2.0, 5, trivial=50.0, learned=False)  # half of the other 50 points, as 95 %
+    lost = outlooks(held, 100, behind=unknown)[0]
+    assert lost.loss_high - lost.loss == pytest.approx(2.776 * 25 / 1.96, rel=1e-3)

@@ -77,12 +77,16 @@ class Behind:
     """How far the tuned model is behind a head that is fitted to the end: `points` at `examples`.
 
     At n examples it is points x examples / n, as the steps of a tuning grow with them; half of that counts as
-    an error, beside `error`, the standard error of the points.
+    an error, beside `error`, the standard error of the points. Where the tuned model was no better than
+    `trivial`, what the best constant answer reaches, it had not `learned` anything yet: when it does is not
+    known, so a loss may be anything up to half of what there is to learn.
     """
 
     points: float
     error: float
     examples: int
+    trivial: float = 0.0
+    learned: bool = True
 
     def at(self, n: int) -> float:
         """Points at n examples, 0 at least."""
@@ -90,6 +94,8 @@ class Behind:
 
     def uncertainty(self, n: int) -> float:
         """Standard error of `at(n)`."""
+        if not self.learned:
+            return (100 - self.trivial) / 2 / 1.96
         return float(np.hypot(self.at(n) / 2, self.error * self.examples / n))
 
 

@@ -203,9 +203,25 @@ class Work:
             )
             head, tuned = (each_of(o, labels[judges], metric) for o in (x_ND[judges] @ W + b, outputs))
             gap, low, high = paired_difference(head, tuned)
-            return {"points": 100 * gap, "error": 100 * (high - low) / 3.92, "examples": len(pool)}
+            constant = torch.zeros(len(judges), max(1, signals.num_classes))
+            constant[:] = labels[pool].mean() if not signals.num_classes else 0
+            if signals.num_classes:
+                constant[:, torch.bincount(labels[pool]).argmax()] = 1
+            trivial = each_of(constant, labels[judges], metric)
+            return {
+                "points": 100 * gap,
+                "error": 100 * (high - low) / 3.92,
+                "examples": len(pool),
+                "trivial": 100 * float(trivial.mean()),
+                "learned": paired_difference(tuned, trivial)[1] > 0,
+            }
 
         self.behind = Behind(**self.kept("pilot", "pilot", work))
+        if not self.behind.learned:
+            self.notes.append(
+                f"A short tuning on {self.behind.examples} examples had learned nothing yet. When it does is "
+                "not known, nor what fewer steps lose: keep everything, or give more epochs."
+            )
 
     def pilots(self) -> None:
         """Short tunings in place of probes."""
