@@ -71,45 +71,45 @@ def main(out: Path, args: list[str]) -> None:
 
 
 def summary(cells: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the seeds; differences and ratios seed by seed to the full run."""
-    full = [cell["arms"]["everything"] for cell in cells]
-    arms: dict[str, Any] = {"everything": _facts(full)}
+    """Means over the seeds; differences and ratios seed by seed to the full run.
+
+    A budget that the adviser refused in some seeds has those of the others.
+    """
+    arms: dict[str, Any] = {"everything": _facts([cell["arms"]["everything"] for cell in cells])}
     for name in BUDGETS:
-        if name not in cells[0]["arms"]:
-            continue
-        own = [cell["arms"][name] for cell in cells]
-        arms[name] = _facts(own) | {
-            "keeps": [arm["keep"] for arm in own],
-            "choices": [arm["choice"] for arm in own],
-            "lost": list(
-                seeds_interval([f["quality"] - a["quality"] for f, a in zip(full, own, strict=True)])
-            ),
-            "predicted": float(np.mean([arm["predicted"]["loss"] for arm in own])),
-            "came_true": float(
-                np.mean(
-                    [
-                        arm["predicted"]["loss_low"]
-                        <= f["quality"] - arm["quality"]
-                        <= arm["predicted"]["loss_high"]
-                        for f, arm in zip(full, own, strict=True)
-                    ]
-                )
-            ),
-            "times_as_fast": _ratio([f["seconds"] for f in full], [a["seconds"] for a in own]),
-            "times_as_fast_with_advising": _ratio(
-                [f["seconds"] for f in full],
-                [a["seconds"] + c["advising_seconds"] for a, c in zip(own, cells, strict=True)],
-            ),
-        }
+        held = [cell for cell in cells if name in cell["arms"]]
+        if len(held) > 1:
+            arms[name] = _against_full(held, name)
+    full = [cell["arms"]["everything"]["seconds"] for cell in cells]
+    advising = [cell["advising_seconds"] for cell in cells]
     return {
         "metric": cells[0]["metric"],
         "examples": cells[0]["examples"],
         "test_examples": cells[0]["test_examples"],
-        "advising_over_full": list(
-            seeds_interval([c["advising_seconds"] / f["seconds"] for c, f in zip(cells, full, strict=True)])
-        ),
-        "refused": [c["refused"] for c in cells],
+        "full_seconds": float(np.mean(full)),
+        "advising_seconds": float(np.mean(advising)),
+        "advising_over_full": list(seeds_interval(np.array(advising) / np.array(full))),
+        "refused": [cell["refused"] for cell in cells],
         "arms": arms,
+    }
+
+
+def _against_full(cells: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    full, own = ([cell["arms"][arm] for cell in cells] for arm in ("everything", name))
+    lost = np.array([f["quality"] - a["quality"] for f, a in zip(full, own, strict=True)])
+    told = [arm["predicted"] for arm in own]
+    spent, mine = (np.array([arm["seconds"] for arm in arms]) for arms in (full, own))
+    advising = np.array([cell["advising_seconds"] for cell in cells])
+    held = [p["loss_low"] <= x <= p["loss_high"] for p, x in zip(told, lost, strict=True)]
+    return _facts(own) | {
+        "seeds": len(cells),
+        "keeps": [arm["keep"] for arm in own],
+        "choices": [arm["choice"] for arm in own],
+        "lost": list(seeds_interval(lost)),
+        "predicted": float(np.mean([p["loss"] for p in told])),
+        "came_true": float(np.mean(held)),
+        "times_as_fast": _ratio(spent, mine),
+        "times_as_fast_with_advising": _ratio(spent, mine + advising),
     }
 
 
@@ -118,51 +118,46 @@ def _facts(arms: list[dict[str, Any]]) -> dict[str, Any]:
     return {key: float(np.mean([arm[key] for arm in arms])) for key in keys}
 
 
-def _ratio(whole: list[float], part: list[float]) -> list[float]:
+def _ratio(whole: np.ndarray, part: np.ndarray) -> list[float]:
     """Geometric mean and t-interval of the ratios."""
-    return [float(np.exp(v)) for v in seeds_interval(np.log(np.array(whole) / np.array(part)))]
+    return [float(np.exp(v)) for v in seeds_interval(np.log(whole / part))]
 
 
 def table(result: dict[str, Any]) -> str:
     """Markdown."""
     head = (
-        "task",
-        "budget",
-        "advised",
-        "quality",
-        "lost, points",
-        "predicted",
-        "times as fast",
-        "with advising",
-        "latency",
-        "file",
-    )
+        "task", "budget", "seeds", "advised", "quality", "lost, points", "predicted", "within its interval",
+        "times as fast", "with advising", "latency", "file",
+    )  # fmt: skip
     rows = []
     for name, task in result["tasks"].items():
         for arm, f in task["arms"].items():
-            row = [name if arm == "everything" else "", arm]
             if arm == "everything":
-                rows.append([*row, "", f"{f['quality']:.1f}", "", "", "", "", "1.00", "1.00"])
-                continue
-            kept = sorted(
-                {f"{keep:.0%} {choice}" for keep, choice in zip(f["keeps"], f["choices"], strict=True)}
-            )
-            fast, all_in = f["times_as_fast"], f["times_as_fast_with_advising"]
-            rows.append(
-                [
-                    *row,
+                row = [name, arm, SEEDS, "", f"{f['quality']:.1f}", *[""] * 5, "1.00", "1.00"]
+            else:
+                picks = zip(f["keeps"], f["choices"], strict=True)
+                kept = sorted({choice if keep == 1 else f"{keep:.0%} {choice}" for keep, choice in picks})
+                row = [
+                    "",
+                    arm,
+                    f["seeds"],
                     "; ".join(kept),
                     f"{f['quality']:.1f}",
                     readme.interval(f["lost"]),
-                    f"{f['predicted']:+.1f}",
-                    f"{fast[0]:.1f} [{fast[1]:.1f}, {fast[2]:.1f}]",
-                    f"{all_in[0]:.1f}",
+                ]
+                row += [f"{f['predicted']:+.1f}", f"{f['came_true']:.0%}", _words(f["times_as_fast"])]
+                row += [
+                    f"{f['times_as_fast_with_advising'][0]:.1f}",
                     f"{1 / f['speedup']:.2f}",
                     f"{f['file']:.2f}",
                 ]
-            )
-    shares = ", ".join(f"{n} {t['advising_over_full'][0]:.0%}" for n, t in result["tasks"].items())
-    return (
-        readme.table(head, rows)
-        + f"\n\nAdvising (once for all three budgets) took, of the full run: {shares}."
-    )
+            rows.append(row)
+    shares = [
+        f"{name} {task['advising_seconds']:.0f} of {task['full_seconds']:.0f} s"
+        for name, task in result["tasks"].items()
+    ]
+    return readme.table(head, rows) + f"\n\nAdvising, once for all budgets: {', '.join(shares)}."
+
+
+def _words(ratio: list[float]) -> str:
+    return f"{ratio[0]:.1f} [{ratio[1]:.1f}, {ratio[2]:.1f}]"
