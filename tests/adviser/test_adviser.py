@@ -140,6 +140,16 @@ def test_impossible_budgets_say_what_comes_nearest_and_keep_what_was_found(
     assert json.loads((tmp_path / "pick" / "result.json").read_text())["choices"]
 
 
+def test_a_limit_of_the_latency_looks_at_all_shares_anew(advice, pictures, tmp_path):
+    shutil.copytree(advice.folder, tmp_path / "pick")
+    found = tmp_path / "pick" / "found"
+    held = json.loads((found / "weights for latency.json").read_text())
+    held["found"]["cuts"] = held["found"]["cuts"][:1]
+    (found / "weights.json").write_text(json.dumps(held))  # as a call without the limit may leave it
+    again = advised(pictures, tmp_path / "pick.yaml", max_loss=50.0, latency="1x")
+    assert again.result["weights"] == advice.result["weights"]
+
+
 def test_another_job_does_not_take_the_folder(advice, pictures):
     with pytest.raises(ValueError, match="holds the advice on something else; give another --out"):
         advise(

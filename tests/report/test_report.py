@@ -388,13 +388,13 @@ def test_scatter_labels_do_not_overlap(arms):
         place(fig, ax, *more)
         boxes.extend(text.get_window_extent(fig.canvas.get_renderer()) for text in ax.texts)
 
-    place = figures._place_labels
-    figures._place_labels = keep_boxes
+    place = figures.place_labels
+    figures.place_labels = keep_boxes
     try:
         with svg.style():
             figures.accuracy_against_cost(Run(result))
     finally:
-        figures._place_labels = place
+        figures.place_labels = place
     assert len(boxes) == arms
     for i, a in enumerate(boxes):
         assert 0 <= a.x0 and a.x1 <= svg.WIDTH

@@ -29,7 +29,6 @@ from .curve import Curve, fit
 SHARES = (0.25, 0.5, 1.0)  # of the largest pilot
 REPEATS = 3
 HELD = 64  # examples that judge
-TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "warmup")
 
 
 def sizes_for(seconds: float, example_seconds: float, epochs: int, total: int, batch_size: int) -> list[int]:
@@ -105,7 +104,7 @@ def tuned_outputs(
         inputs = examples.read([rows[p] for p in picks])[1]
         return inputs if labels is None else {**inputs, "labels": labels[picks]}
 
-    train(network, len(rows), collate, seed=seed, **{name: getattr(tune, name) for name in TRAINING})
+    train(network, len(rows), collate, seed=seed, **tune.training)
     return predict(network, _View(examples, judges), batch_size)[0]  # type: ignore[arg-type]
 
 

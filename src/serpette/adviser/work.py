@@ -326,7 +326,10 @@ class Work:
                 "layers": layers,
             }
 
-        found = self.kept("weights", "weights", work)
+        name = (
+            "weights" if self.limits.latency is None else "weights for latency"
+        )  # the latter are all shares
+        found = self.kept("weights", name, work)
         if "reason" in found:
             self.notes.append(f"Weights cannot be cut: {found['reason']}.")
         self.cuts, self.layers = found.get("cuts", []), found.get("layers", [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..recipe import ArmSpec, DataSpec, ModelSpec, PruneSpec, Recipe, TuneSpec
+from ..recipe import ArmSpec, DataSpec, ModelSpec, PruneSpec, Recipe, ShrinkSpec, TuneSpec
 from .probes import Choice
 from .recommend import Option
 
@@ -23,7 +23,6 @@ def recipe_of(
     batch_size: int,
     on_gpu: bool,
     controls: Choice | None,
-    out: str | None = None,
     same_metric: bool = True,
     evaluate: bool = True,
 ) -> Recipe:
@@ -58,7 +57,7 @@ def recipe_of(
             arms.append(_arm(controls.name, controls, chosen.keep, {}))
     recipe = Recipe(
         name=name, model=model, data=data, arms=tuple(arms), tune=tune, task=task, seed=seed, device=device,
-        batch_size=batch_size, out=out,
+        batch_size=batch_size,
     )  # fmt: skip
     if option.cut:
         recipe = replace(recipe, **_cutting(option, way.method))
@@ -77,8 +76,6 @@ def _arm(name: str, choice: Choice, keep: float, predicted: dict[str, float]) ->
 
 
 def _cutting(option: Option, method: str) -> dict[str, Any]:
-    from ..recipe import ShrinkSpec
-
     importance = "lora_prune" if method == "lora" else "magnitude"
     return {
         "prune": PruneSpec(importance, sparsity=option.sparsity, pattern="structured"),

@@ -29,7 +29,6 @@ from . import weights
 from .job import Job
 from .stages import Stages
 
-TRAINING = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "warmup")
 CALIBRATION_BATCH = 16  # examples a pass of the importance in one shot
 
 
@@ -92,7 +91,7 @@ def _tuned(
                 callbacks=[*([] if pruner is None else [pruner]), checkpoints],
                 out=folder,
                 resume_from=checkpoints.last,
-                **{name: getattr(tune, name) for name in TRAINING},
+                **tune.training,
             )
     earlier = checkpoints.earlier
     seconds = {

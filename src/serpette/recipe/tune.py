@@ -64,6 +64,12 @@ class TuneSpec:
 
         return importances.make(self.importance).needs if self.method == "rows" else frozenset()
 
+    @property
+    def training(self) -> dict[str, Any]:
+        """Arguments of `serpette.tuning.train`."""
+        names = ("epochs", "batch_size", "learning_rate", "weight_decay", "schedule", "warmup")
+        return {name: getattr(self, name) for name in names}
+
     def adapter(self, seed: int) -> dict[str, Any]:
         """Arguments of `serpette.tuning.trainable`; an importance that needs data ranks afterwards."""
         names = {"method", *SETTINGS[self.method]} - {"importance_examples", "scope"}

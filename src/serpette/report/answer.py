@@ -74,10 +74,11 @@ def answer(run: Run) -> tuple[str, str]:
     verdict, figures = _answer(run)
     if not run.result.get("finished", True):
         verdict = f"This run is not finished; so far: {verdict}"
-    return _keep_units(verdict), _keep_units(figures)
+    return keep_units(verdict), keep_units(figures)
 
 
-def _keep_units(text: str) -> str:
+def keep_units(text: str) -> str:
+    """`text` without a line break before a unit."""
     return re.sub(r"(?<=\d) (?=(?:%|s|min|h|points)\b|%)", "\u00a0", text)  # no line break before a unit
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import figures, svg
-from .answer import SAVED, _keep_units, count, file_size, seconds, shown, signed, size
+from .answer import SAVED, count, file_size, keep_units, seconds, shown, signed, size
 from .run import Run, number
 from .svg import ARMS, THEME, figure, inline, plain
 from .template import fill, hardware_rows
@@ -253,7 +253,7 @@ def render(result: dict[str, Any]) -> str:
         result,
         {"panels": panels},
         verdict=said,
-        answer=_keep_units(figures_of_it),
+        answer=keep_units(figures_of_it),
         facts=_facts(result),
         words=words_of_table(result),
         columns=heads,
@@ -329,7 +329,7 @@ def _panel(result: dict[str, Any], against: str) -> str:
     ax.set_title(f"{plain(run.metric)}{', %' if run.classification else ''}", loc="left", color=THEME["soft"])
     labels = [plain(names[point["name"]], 24) for point in points]
     colors = [figures.mark(index[point["name"]])[0] for point in points]
-    figures._place_labels(fig, ax, dots, _along(on, ax.get_ylim()), labels, colors)
+    figures.place_labels(fig, ax, dots, _along(on, ax.get_ylim()), labels, colors)
     on_it = ", ".join(plain(names[name]) for name in front["front"])
     said = "; ".join(f"{label} {y:.3g} at {x:.3g}" for label, (x, y) in zip(labels, dots, strict=True))
     alt = f"{plain(run.metric)} against {AGAINST[against]}, {unit}. {said}. On the front: {on_it}"
@@ -347,7 +347,7 @@ def _along(front: list[tuple[float, float]], ends: tuple[float, float]) -> list[
 
 def _unit(against: str, largest: float) -> tuple[str, float]:
     if against == "seconds":
-        return figures._time_unit(largest)
+        return figures.time_unit(largest)
     if against == "latency":
         return "ms", 1e-3
     return ("GiB", 2**30) if largest >= 2**30 else ("MiB", 2**20)

@@ -34,7 +34,7 @@ def arm_index(run: Run) -> dict[str, int]:
 def accuracy_against_cost(run: Run) -> str | None:
     """One point an arm, with the 95 % interval of its metric over the seeds, else of its accuracy."""
     costs = [cost_of(arm) for arm in run.arms]
-    unit, per = _time_unit(max((cost for cost in costs if cost is not None), default=0))
+    unit, per = time_unit(max((cost for cost in costs if cost is not None), default=0))
     label = f"{' + '.join(parts_of(run))}, {unit}"
     scaled = [None if cost is None else cost / per for cost in costs]
     return _scatter(run, scaled, label, "cost", lambda x: seconds(x * per))
@@ -87,12 +87,12 @@ def _scatter(
     ax.set_xlabel(label)
     ax.set_title(f"{plain(run.metric)}{', %' if run.classification else ''}", loc="left", color=THEME["soft"])
     names = [plain(arm["name"], 24) for arm, _, _ in points]
-    _place_labels(fig, ax, dots, spans, names, [mark(index[arm["name"]])[0] for arm, _, _ in points])
+    place_labels(fig, ax, dots, spans, names, [mark(index[arm["name"]])[0] for arm, _, _ in points])
     said = "; ".join(f"{plain(a['name'])} {y * scale:.3g} at {said_of(x)}" for a, x, y in points)
     return inline(fig, f"{what}-accuracy", f"{plain(run.metric)} against {what}. {said}")
 
 
-def _place_labels(fig, ax, dots, spans, names: list[str], colors: list[str]) -> None:
+def place_labels(fig, ax, dots, spans, names: list[str], colors: list[str]) -> None:
     """Puts each name near its point where it covers nothing; a coloured line leads to those farther off."""
     fig.canvas.draw()
     fig.set_layout_engine("none")  # the layout stays as it was drawn, so that sizes in pixels are known
@@ -145,7 +145,7 @@ def cost_split(run: Run) -> str | None:
     if not arms:
         return None
     times = [{k: number(v) or 0.0 for k, v in (arm["seconds"]).items()} for arm, _ in arms]
-    unit, per = _time_unit(
+    unit, per = time_unit(
         max(max(c or 0, t.get("evaluation", 0)) for (_, c), t in zip(arms, times, strict=True))
     )
     fig, ax = figure(76 + 50 * len(arms))
@@ -259,7 +259,8 @@ def few_ticks(count: int = 5, integer: bool = False) -> Any:
     return MaxNLocator(count, integer=integer, steps=[1, 2, 2.5, 5, 10] if not integer else [1, 2, 5, 10])
 
 
-def _time_unit(largest: float) -> tuple[str, float]:
+def time_unit(largest: float) -> tuple[str, float]:
+    """The unit that suits seconds up to `largest`, and how many seconds it is."""
     if largest < 300:
         return "seconds", 1.0
     return ("minutes", 60.0) if largest < 4 * 3600 else ("hours", 3600.0)
