@@ -105,7 +105,7 @@ def run(name: str, seed: int, folder: Path, quick: bool = False) -> None:
 def _actual(task: tasks.Task, measured: probes.Measured, metric: str, seed: int) -> dict[tuple, float]:
     """{(choice, keep): points on the test examples}, of a head on what is kept of all training examples."""
     signals, C = task.signals, task.signals.num_classes
-    scores, _ = probes._scores(signals, measured.choices)
+    scores, _ = probes.scores_of(signals, measured.choices)
     found = {}
     for keep in (*measured.keeps, 1.0):
         k = budget.count(len(signals), keep)
@@ -118,14 +118,14 @@ def _actual(task: tasks.Task, measured: probes.Measured, metric: str, seed: int)
             )
         judged = (task.test, task.test_labels, C, metric)
         if keep == 1:
-            found[probes.RANDOM.name, keep] = probes._quality(
+            found[probes.RANDOM.name, keep] = probes.head_quality(
                 signals.embeddings, signals.labels, penalty, *judged
             )
             continue
         for choice in measured.choices:
-            picks = probes._pick(signals, choice, scores, k, seed)
+            picks = probes.picks_of(signals, choice, scores, k, seed)
             kept = signals.embeddings[picks], signals.labels[picks]
-            found[choice.name, keep] = probes._quality(*kept, penalty, *judged)
+            found[choice.name, keep] = probes.head_quality(*kept, penalty, *judged)
     return found
 
 

@@ -20,15 +20,19 @@ import torch
 from ..arms import predict
 from ..data.examples import Examples
 from ..data.store import write_json
+from ..evaluate import paired_difference
 from ..recipe import TuneSpec
 from ..scoring import tuned_head
 from ..tuning import set_seeds, train, trainable
-from ..types import uniform_of
+from ..types import Signals, uniform_of
 from .curve import Curve, fit
+from .head import choose_penalty, fit_head, folds_of, whitened
+from .probes import each_of
 
 SHARES = (0.25, 0.5, 1.0)  # of the largest pilot
 REPEATS = 3
-HELD = 64  # examples that judge
+HELD = 64  # examples that judge a language model
+JUDGES = 256  # else
 
 
 def sizes_for(seconds: float, example_seconds: float, epochs: int, total: int, batch_size: int) -> list[int]:
@@ -78,6 +82,62 @@ def learning_curve(
             if file is not None:
                 write_json(file, {"value": values[place, repeat]})
     return fit(np.array(sizes, float), values), values
+
+
+def beside_a_head(
+    model: Any,
+    examples: Examples,
+    rows: torch.Tensor,
+    signals: Signals,
+    size: int,
+    tune: TuneSpec,
+    *,
+    metric: str,
+    batch_size: int = 8,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The fields of `Behind`: a short tuning and a head, both on `size` examples and judged by JUDGES others.
+
+    Args:
+        rows: (N,) places of `signals` in `examples`.
+        signals: of N examples, with embeddings and labels.
+    """
+    labels, C = signals.require("labels", "advise"), signals.num_classes
+    fold_N = folds_of(signals.ids, labels if C else None, len(signals) // size, seed)
+    pool, mixed = (fold_N == 0).nonzero()[:, 0], uniform_of(signals.ids, seed).argsort()
+    judges = mixed[fold_N[mixed] != 0][:JUDGES]
+    x_ND = whitened(signals.require("embeddings", "advise"))
+    penalty = choose_penalty(x_ND[pool], labels[pool], C, signals.ids[pool.numpy()])
+    W, b = fit_head(x_ND[pool], labels[pool], C, penalty)
+    outputs = tuned_outputs(
+        model,
+        examples,
+        rows[pool].tolist(),
+        rows[judges].tolist(),
+        tune,
+        labels=labels[pool],
+        batch_size=batch_size,
+        seed=seed,
+    )
+    head, tuned, trivial = (
+        each_of(output, labels[judges], metric)
+        for output in (x_ND[judges] @ W + b, outputs, _trivial(labels[pool], C).expand(len(judges), -1))
+    )
+    gap, low, high = paired_difference(head, tuned)
+    return {
+        "points": 100 * gap,
+        "error": 100 * (high - low) / 3.92,
+        "examples": len(pool),
+        "trivial": 100 * float(trivial.mean()),
+        "learned": paired_difference(tuned, trivial)[1] > 0,
+    }
+
+
+def _trivial(labels: torch.Tensor, C: int) -> torch.Tensor:
+    """(1, C) or (1, 1) output that knows no input: the commonest class, or the mean."""
+    if not C:
+        return labels.float().mean().reshape(1, 1)
+    return torch.bincount(labels, minlength=C)[None] / len(labels)
 
 
 def tuned_outputs(

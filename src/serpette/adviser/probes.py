@@ -170,14 +170,14 @@ def measure(
             first = (folds_of(signals.ids, classes, folds, 1000 * seed) != 0).nonzero()[:, 0]
             penalties = _penalties(x_ND[first], labels[first], C, signals.ids[first.numpy()], keeps, seed)
         judged = (x_ND[held], labels[held], C, metric)
-        found = {_key(RANDOM.name, 1.0): _quality(x_ND[pool], labels[pool], penalties[1.0], *judged)}
+        found = {_key(RANDOM.name, 1.0): head_quality(x_ND[pool], labels[pool], penalties[1.0], *judged)}
         sub = signals.subset(pool)
-        scores, spent = _scores(sub, choices)
+        scores, spent = scores_of(sub, choices)
         for choice in choices:
             found[_seconds(choice)] = spent.get(choice.scorer or "", 0.0)
             for keep in keeps:
-                picks = _pick(sub, choice, scores, budget.count(len(pool), keep), 1000 * seed + trial)
-                found[_key(choice.name, keep)] = _quality(
+                picks = picks_of(sub, choice, scores, budget.count(len(pool), keep), 1000 * seed + trial)
+                found[_key(choice.name, keep)] = head_quality(
                     x_ND[pool[picks]], labels[pool[picks]], penalties[keep], *judged
                 )
         trials.append(found)
@@ -202,7 +202,7 @@ def _seconds(choice: Choice) -> str:
     return f"seconds of {choice.name}"
 
 
-def _scores(signals: Signals, choices: Sequence[Choice]) -> tuple[dict[str, Tensor], dict[str, float]]:
+def scores_of(signals: Signals, choices: Sequence[Choice]) -> tuple[dict[str, Tensor], dict[str, float]]:
     """{scorer: (N,)}, and {scorer: seconds}, with those of the training signals that it needs."""
     start, training = time.perf_counter(), 0.0
     if any(scorers[c.scorer].needs & TRAINING_SIGNALS for c in choices if c.scorer):
@@ -232,7 +232,8 @@ def _penalties(
     return found
 
 
-def _pick(signals: Signals, choice: Choice, scores: dict[str, Tensor], k: int, seed: int) -> Tensor:
+def picks_of(signals: Signals, choice: Choice, scores: dict[str, Tensor], k: int, seed: int) -> Tensor:
+    """(k,) rows of `signals` that a choice keeps, by the scores of `scores_of`."""
     return budget.select(
         selectors.make(choice.select, **choice.select_options),
         scores[choice.scorer] if choice.scorer else torch.zeros(len(signals)),
@@ -244,9 +245,10 @@ def _pick(signals: Signals, choice: Choice, scores: dict[str, Tensor], k: int, s
     )
 
 
-def _quality(
+def head_quality(
     x_kD: Tensor, y_k: Tensor, penalty: float, x_MD: Tensor, y_M: Tensor, C: int, metric: str
 ) -> float:
+    """The metric, see `quality_of`, of a head that is fitted on k examples and judged by M others."""
     W, b = fit_head(x_kD, y_k, C, penalty)
     return quality_of(x_MD @ W + b, y_M, metric)
 

@@ -16,16 +16,13 @@ from .. import __version__
 from ..cost import hardware, versions
 from ..data.budget import count
 from ..data.store import write_json
-from ..evaluate import paired_difference
 from ..opening import Opened
 from ..pipeline.progress import Sayer
 from ..recipe import TuneSpec
-from ..types import uniform_of
 from . import observing, pilot
 from .budget import Budget
 from .curve import Curve
-from .head import choose_penalty, fit_head, folds_of, whitened
-from .probes import RANDOM, Choice, Measured, choices_for, each_of, measure
+from .probes import RANDOM, Choice, Measured, choices_for, measure
 from .recommend import Behind, Noise, Outlook, choice_dict, curve_of, outlooks
 from .tuning import Tuning, tunings
 from .weights import cuts, outputs_of, predicted_losses, sensitivities
@@ -35,7 +32,6 @@ SHARE = 0.2  # of the full fine-tune, that advising may take
 PARTS = {"observing": 0.35, "probes": 0.2, "pilot": 0.25, "tuning": 0.1, "weights": 0.1}
 TRIAL_SECONDS = 1e-3  # of a probe's trial, by example: what sizes the sample before a trial was timed
 FOLDS = 5
-JUDGES = 256  # examples that judge the short tuning
 CUT_EXAMPLES = {"causal-lm": 8}  # that the cut models read, else 400
 SENSITIVITY_EXAMPLES = {"causal-lm": 4}  # else 64
 CUT_SECONDS = 30.0  # for the weights at least, if the latency is limited
@@ -177,44 +173,22 @@ class Work:
     def pilot(self, metric: str) -> None:
         """One short tuning beside a head on the same examples: how far it is behind, for want of steps."""
         signals = self.observation.signals
-        labels, embeddings = signals.require("labels", "advise"), signals.require("embeddings", "advise")
         size = max(int(SHARE * PARTS["pilot"] * self.total), 2 * self.tune.batch_size)
         size = min(size, len(signals) // 2)
         self.say(f"a short tuning on {size} examples")
 
         def work() -> dict[str, Any]:
-            classes = labels if signals.num_classes else None
-            fold_N = folds_of(signals.ids, classes, len(signals) // size, self.seed)
-            pool, mixed = (fold_N == 0).nonzero()[:, 0], uniform_of(signals.ids, self.seed).argsort()
-            judges = mixed[fold_N[mixed] != 0][:JUDGES]
-            x_ND = whitened(embeddings)
-            penalty = choose_penalty(x_ND[pool], labels[pool], signals.num_classes, signals.ids[pool.numpy()])
-            W, b = fit_head(x_ND[pool], labels[pool], signals.num_classes, penalty)
-            rows = self.observation.rows
-            outputs = pilot.tuned_outputs(
+            return pilot.beside_a_head(
                 self.job.model,
                 self.examples,
-                rows[pool].tolist(),
-                rows[judges].tolist(),
+                self.observation.rows,
+                signals,
+                size,
                 self.tune,
-                labels=labels[pool],
+                metric=metric,
                 batch_size=self.batch_size,
                 seed=self.seed,
             )
-            head, tuned = (each_of(o, labels[judges], metric) for o in (x_ND[judges] @ W + b, outputs))
-            gap, low, high = paired_difference(head, tuned)
-            constant = torch.zeros(len(judges), max(1, signals.num_classes))
-            constant[:] = labels[pool].mean() if not signals.num_classes else 0
-            if signals.num_classes:
-                constant[:, torch.bincount(labels[pool]).argmax()] = 1
-            trivial = each_of(constant, labels[judges], metric)
-            return {
-                "points": 100 * gap,
-                "error": 100 * (high - low) / 3.92,
-                "examples": len(pool),
-                "trivial": 100 * float(trivial.mean()),
-                "learned": paired_difference(tuned, trivial)[1] > 0,
-            }
 
         self.behind = Behind(**self.kept("pilot", "pilot", work))
         if not self.behind.learned:
