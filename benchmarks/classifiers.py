@@ -24,7 +24,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from serpette import zoo
 from serpette.data.examples import Examples
-from serpette.data.store import write_json
+from serpette.files import write_json
 
 SIZE, SEEDS, BATCH = 500, 5, 16
 TEST = {"fashion-vit": 1500, "movies-minilm": 1000, "fashion-effnet": 1000}

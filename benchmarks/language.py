@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from serpette import zoo
-from serpette.data.store import write_json
 from serpette.evaluate import paired_over_seeds, seeds_interval
+from serpette.files import write_json
 from serpette.tuning import trainable
 from serpette.weights import PruneConfig, attach
 

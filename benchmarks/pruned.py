@@ -19,8 +19,8 @@ from classifiers import BATCH, SEEDS, TEST, data, head_of, new_model, predict, t
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from serpette.data.store import write_json
 from serpette.evaluate import accuracy_by_class, paired_over_seeds, seeds_interval
+from serpette.files import write_json
 from serpette.tuning import trainable
 from serpette.weights import PruneConfig, attach, prune, sequential
 

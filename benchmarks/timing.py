@@ -15,7 +15,7 @@ from rich.console import Console
 from serpette import zoo
 from serpette.cost import versions
 from serpette.data.examples import Examples
-from serpette.data.store import write_json
+from serpette.files import write_json
 
 console = Console()
 

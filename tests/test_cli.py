@@ -312,7 +312,10 @@ def test_compare_shows_and_writes_what_it_found(serpette, tmp_path):
     code, out, _ = serpette("compare", run, "--out", tmp_path / "out")
     assert code == 0 and out.splitlines()[-1] == str(tmp_path / "out" / "report.html")
     assert json.loads((tmp_path / "out" / "result.json").read_text())["kind"] == "comparison"
-    assert "lora was the cheapest arm" in (tmp_path / "out" / "report.html").read_text()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "lora was the cheapest arm" in page
+    assert serpette("report", tmp_path / "out")[0] == 0
+    assert (tmp_path / "out" / "report.html").read_text() == page
     before = (run / "result.json").read_bytes()
     assert serpette("compare", run, "--out", tmp_path / "out")[0] == 0  # its own are written over
     code, _, err = serpette("compare", run, "--out", run)

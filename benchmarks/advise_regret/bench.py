@@ -28,8 +28,8 @@ from rich.table import Table
 from serpette.adviser import probes
 from serpette.adviser.recommend import SURE
 from serpette.cost import hardware, versions
-from serpette.data.store import write_json
 from serpette.evaluate import seeds_interval
+from serpette.files import write_json
 
 SEEDS, EPOCHS = 10, 3
 EQUAL = probes.EQUAL.name

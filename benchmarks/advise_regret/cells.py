@@ -18,7 +18,7 @@ from serpette.adviser.recommend import Noise, Outlook, outlooks
 from serpette.data import budget
 from serpette.data.examples import Examples
 from serpette.data.features import find_head
-from serpette.data.store import write_json
+from serpette.files import write_json
 from serpette.tuning import trainable
 
 BATCH = 16

@@ -34,8 +34,8 @@ from serpette.cost import forward_flops, hardware, versions  # noqa: E402
 from serpette.data.mmd import mmd  # noqa: E402
 from serpette.data.proxy import Probe  # noqa: E402
 from serpette.data.selectors.flex_rand import FlexRand  # noqa: E402
-from serpette.data.store import write_json  # noqa: E402
 from serpette.evaluate import class_averaged_spearman, paired_over_seeds, seeds_interval  # noqa: E402
+from serpette.files import write_json  # noqa: E402
 from serpette.masking import LOW_DISCREPANCY  # noqa: E402
 from serpette.scorers import DLC, OptimisationComplexity  # noqa: E402
 from serpette.types import PathFeatures, Signals  # noqa: E402

@@ -31,8 +31,8 @@ from serpette import zoo
 from serpette.cost import hardware, measure
 from serpette.data.examples import Examples
 from serpette.data.features import Reader, find_head
-from serpette.data.store import write_json
 from serpette.evaluate import class_averaged_spearman, spearman
+from serpette.files import write_json
 from serpette.masking import LOW_DISCREPANCY, MaskedPath, maskable
 from serpette.scorers import DLC
 from serpette.types import PathFeatures, PathSpec, Signals

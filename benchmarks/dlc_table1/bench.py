@@ -21,7 +21,7 @@ import tasks
 from rich.console import Console
 
 from serpette.cost import hardware, versions
-from serpette.data.store import write_json
+from serpette.files import write_json
 
 SEEDS, LORA_SEEDS = 10, 5
 

@@ -21,8 +21,8 @@ from serpette.data import budget
 from serpette.data.proxy import Probe
 from serpette.data.search import describe, search
 from serpette.data.selectors import FlexRand
-from serpette.data.store import write_json
 from serpette.evaluate import accuracy_by_class, calibration_error, detection_auc
+from serpette.files import write_json
 from serpette.scorers import DLC, Herding
 from serpette.types import PathSpec, Signals
 

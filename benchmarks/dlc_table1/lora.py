@@ -21,8 +21,8 @@ from serpette import zoo
 from serpette.data import budget
 from serpette.data.examples import Examples
 from serpette.data.selectors import Random
-from serpette.data.store import write_json
 from serpette.evaluate import accuracy_by_class
+from serpette.files import write_json
 from serpette.tuning import trainable
 
 KEEPS = (0.5, 0.3, 0.1)

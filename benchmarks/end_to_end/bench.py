@@ -25,8 +25,8 @@ from cells import BUDGETS, TASKS, cell_file, run
 from rich.console import Console
 
 from serpette.cost import hardware, versions
-from serpette.data.store import write_json
 from serpette.evaluate import seeds_interval
+from serpette.files import write_json
 
 SEEDS = 5
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from serpette.adviser import advise
-from serpette.data.store import write_json
+from serpette.files import write_json
 from serpette.pipeline import run as run_recipe
 from serpette.recipe import EvaluateSpec, Recipe, TuneSpec
 

@@ -20,8 +20,8 @@ from torch.nn.functional import cross_entropy
 
 from serpette.data import budget
 from serpette.data.selectors import Random, TopHard
-from serpette.data.store import write_json
 from serpette.evaluate import detection_auc
+from serpette.files import write_json
 
 NAME, SIZE, TEST, SEEDS, SAMPLE = "fashion-vit", 300, 1500, cells.SEEDS, 150
 TASKS = (f"{NAME}/clean", f"{NAME}/wrong_labels")

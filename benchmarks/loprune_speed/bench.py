@@ -33,8 +33,8 @@ from serpette.data.examples import Examples
 from serpette.data.features import Reader, find_head
 from serpette.data.gradient_pass import GradientPass
 from serpette.data.observe import evaluating
-from serpette.data.store import write_json
 from serpette.evaluate import spearman
+from serpette.files import write_json
 from serpette.scorers import TSA
 from serpette.tuning import trainable
 

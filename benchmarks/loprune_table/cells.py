@@ -19,8 +19,8 @@ from torch.nn.functional import cross_entropy
 from serpette.data import budget
 from serpette.data.proxy import Probe
 from serpette.data.selectors import FlexRand, Random, TopHard
-from serpette.data.store import write_json
 from serpette.evaluate import accuracy_by_class, detection_auc
+from serpette.files import write_json
 from serpette.scorers import DLC, EL2N, TSA, Forgetting, GraNd, MoSo
 
 TASKS = ("fashion-vit/clean", "fashion-vit/wrong_labels", "movies-minilm/clean", "movies-minilm/wrong_labels")

@@ -20,7 +20,7 @@ import readme
 import tasks
 
 from serpette.cost import hardware, versions
-from serpette.data.store import write_json
+from serpette.files import write_json
 
 SPARSITIES = (0.5, 0.8, 0.9, 0.95)
 METHODS = ("lora_prune", "original_gradient", "map_lora")

@@ -20,7 +20,7 @@ import readme
 import tasks
 
 from serpette.cost import hardware, versions
-from serpette.data.store import write_json
+from serpette.files import write_json
 
 STRATEGIES = {
     "lora_prune@0.5": "joint: prune while LoRA tunes",

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from serpette.cost import hardware, versions
-from serpette.data.store import write_json
+from serpette.files import write_json
 
 METHODS = (
     "map", "mvp", "rap", "map_lora", "pst", "lora_prune", "lora_prune_exact", "lora_prune_seq",

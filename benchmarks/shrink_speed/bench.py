@@ -25,7 +25,7 @@ import tasks
 
 from serpette import prune, shrink, zoo
 from serpette.cost import hardware, versions
-from serpette.data.store import write_json
+from serpette.files import write_json
 from serpette.weights.measure import compare_cost
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -26,7 +26,7 @@ from timing import console, run_parts
 
 from serpette import zoo
 from serpette.cost import hardware
-from serpette.data.store import write_json
+from serpette.files import write_json
 from serpette.memory import StepMemory, saved_bytes, step_memory
 from serpette.memory.compare import Setup, compare, parse, tuned
 from serpette.memory.shapes import example_batch, preset, without_memory

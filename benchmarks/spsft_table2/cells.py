@@ -14,8 +14,8 @@ from classifiers import BATCH, SEEDS, SIZE, TEST, data, head_of, new_model, pred
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from serpette.data.store import write_json
 from serpette.evaluate import accuracy_by_class
+from serpette.files import write_json
 from serpette.rows import rank_rows
 from serpette.tuning import trainable
 

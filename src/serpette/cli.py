@@ -203,8 +203,10 @@ def select(
         per_class: Keep the same share of each class, or (--no-per-class) choose among all together.
         seed: Of the random part of a selector.
     """
+    from .cost import versions
     from .data import pruner
     from .data.scores import Scores, config_of
+    from .files import write_atomic, write_json
 
     if out.suffix not in (".txt", ".json", ".parquet"):
         raise ValueError(f"out={str(out)!r} must end in .txt, .json or .parquet")
@@ -213,20 +215,16 @@ def select(
         held, selector, keep, scorer=scorer, per_class=None if per_class else False, seed=seed
     )
     ids = chosen.ids.tolist()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.part")
     if out.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
 
-        pyarrow.parquet.write_table(pyarrow.table({"id": pyarrow.array(ids, pyarrow.string())}), part)
+        buffer = pyarrow.BufferOutputStream()
+        pyarrow.parquet.write_table(pyarrow.table({"id": pyarrow.array(ids, pyarrow.string())}), buffer)
+        write_atomic(out, buffer.getvalue().to_pybytes())
     else:
         text = json.dumps(ids, ensure_ascii=False) if out.suffix == ".json" else "\n".join(ids)
-        part.write_text(text + "\n", encoding="utf-8")
-    part.replace(out)
-    from .cost import versions
-    from .data.store import write_json
-
+        write_atomic(out, text + "\n")
     write_json(
         out.with_suffix(".result.json"),
         {

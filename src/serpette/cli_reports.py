@@ -11,12 +11,12 @@ from tyro.conf import Positional, UseAppendAction
 
 
 def report(run_dir: Positional[Path]) -> None:
-    """Write the page report.html of a finished run anew and print its path.
+    """Write the page report.html of a finished run, an advice or a comparison anew and print its path.
 
     Example: serpette report runs/demo
 
     Args:
-        run_dir: Folder of a run, with its result.json.
+        run_dir: Folder with its result.json.
     """
     from . import report as reports
 
@@ -50,20 +50,21 @@ def compare(
         out: Folder for result.json and report.html.
         as_json: Print the JSON in place of the table.
     """
+    from . import report as reports
     from .comparing import compare as compared
-    from .data.store import write_atomic, write_json
-    from .report.comparison import render, show
+    from .files import write_json
+    from .report.comparison import show
 
-    result = compared(runs, baseline, arm)
+    result, page = compared(runs, baseline, arm), None
     if out is not None:
         held = out / "result.json"
         if held.is_file() and json.loads(held.read_text(encoding="utf-8")).get("kind") != "comparison":
             raise ValueError(f"out={str(out)!r} holds another result.json than of a comparison; name another")
         write_json(held, result)
-        write_atomic(out / "report.html", render(result).encode("utf-8", "replace"))
+        page = reports.write(out)
     if as_json:
         print(json.dumps(result, indent=1))
         return
     show(result)
-    if out is not None:
-        print(out / "report.html")
+    if page is not None:
+        print(page)

@@ -133,7 +133,7 @@ def shrink(
         round_to: Widths are rounded up to a multiple.
     """
     from .cost import versions
-    from .data.store import write_json
+    from .files import write_json
     from .weights.load import NOTE, load, save_shrunk
     from .weights.shrink import shrink as shrunk
     from .zoo.quiet import quiet_transformers
@@ -210,7 +210,7 @@ def memory(
 
     from . import zoo
     from .data.sources import open_model
-    from .data.store import write_atomic, write_json
+    from .files import write_atomic, write_json
     from .memory.compare import Setup, compare, opened, parse
     from .report import memory as reports
 

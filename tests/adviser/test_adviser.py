@@ -196,15 +196,17 @@ def chats(tmp_path_factory):
     tiny("llama").save_pretrained(root / "model")
     character_tokenizer().save_pretrained(root / "model")
     rows = [{"prompt": "ab" * (i % 5 + 1), "response": "ba" * (i % 3 + 1)} for i in range(80)]
-    for split, part in (("train", rows[:60]), ("test", rows[60:])):
+    long = [{"prompt": "ab" * 40, "response": "b"}] * 20  # of which 64 tokens leave no response
+    for split, part in (("train", rows[:60]), ("test", rows[60:]), ("some too long", long + rows[:60])):
         datasets.Dataset.from_list(part).to_json(root / f"{split}.jsonl")
     return root
 
 
 def test_a_language_model_has_a_curve_of_short_tunings(chats, tmp_path):
+    """Also where the first batches, and batches of the short tunings, could not be read."""
     advice = advise(
         chats / "model",
-        chats / "train.jsonl",
+        chats / "some too long.jsonl",
         test=str(chats / "test.jsonl"),
         max_length=64,
         max_loss=90.0,
@@ -216,6 +218,9 @@ def test_a_language_model_has_a_curve_of_short_tunings(chats, tmp_path):
     result = advice.result
     assert result["metric"] == "loss" and {c["name"] for c in result["choices"]} == {"random"}
     assert [p["examples"] for p in result["curve"]["points"]] == [4, 8, 15]
+    assert result["data"]["examples"] == 80 and len(result["health"]["set_aside"]) == 20
+    assert result["health"]["exact_duplicates"]["examples"] == 60 - 15  # 5 prompts x 3 responses
+    assert result["full"]["steps"] == 15 and any("20 of 80 examples" in note for note in result["notes"])
     assert result["full"]["value"] > 0 and recipe.load(tmp_path / "lm.yaml").arms
     assert (tmp_path / "lm" / "report.html").exists()
 

@@ -270,7 +270,7 @@ def test_a_damaged_chunk_is_named(images, vit, tmp_path):
 def test_a_full_disk_is_named_and_what_was_written_stays(images, vit, tmp_path, monkeypatch):
     import errno
 
-    import serpette.data.store as store
+    from serpette import files
 
     real, written = os.fsync, []
 
@@ -280,14 +280,14 @@ def test_a_full_disk_is_named_and_what_was_written_stays(images, vit, tmp_path, 
             raise OSError(errno.ENOSPC, "No space left on device")
         real(descriptor)
 
-    monkeypatch.setattr(store.os, "fsync", full_after_two)
+    monkeypatch.setattr(files.os, "fsync", full_after_two)
     monkeypatch.setattr("serpette.data.observe.PILOT", 16)
     with pytest.raises(OSError, match="No space left") as caught:
         serpette.score(vit, images, "dlc", batch_size=4, out=tmp_path, progress=False)
     assert caught.value.errno == errno.ENOSPC and str(tmp_path) in str(caught.value)
     assert len(list((tmp_path / "observed").glob("*.safetensors"))) == 1
     assert not list(tmp_path.rglob("*.part"))
-    monkeypatch.setattr(store.os, "fsync", real)
+    monkeypatch.setattr(files.os, "fsync", real)
     serpette.score(vit, images, "dlc", batch_size=4, out=tmp_path, progress=False)
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from ..data.budget import count
 from ..data.sources import open_dataset
-from ..data.store import write_atomic, write_json
+from ..files import write_atomic, write_json
 from ..opening import opened
 from ..pipeline.progress import Sayer
 from ..recipe import DataSpec, ModelSpec, Recipe, TuneSpec, check, dump, to_dict
@@ -149,8 +149,10 @@ def advise(
     }
     _claim(folder, settings)
     work = Work(job, folder, say, tune, reading, batch_size, seed, limits)
-    work.step()
     probed = job.task != "causal-lm"
+    if not probed:
+        work.read()
+    work.step()
     if probed:
         work.observe()
         judged = metric if job.task == "classification" else "r2"

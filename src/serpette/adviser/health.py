@@ -12,7 +12,7 @@ the profile likelihood is within 1.92 of its maximum (95 %); it takes the model 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -48,8 +48,8 @@ def examine(
     unit_ND = z_ND / z_ND.norm(dim=1, keepdim=True).clamp(min=1e-12)
     exact, near = duplicates(unit_ND, equal)
     found: dict[str, Any] = {
-        "exact_duplicates": _groups(exact, signals.ids),
-        "near_duplicates": _groups(near, signals.ids) | {"similarity": SIMILARITY},
+        "exact_duplicates": listed(exact, signals.ids),
+        "near_duplicates": listed(near, signals.ids) | {"similarity": SIMILARITY},
         "outliers": outliers(z_ND, signals.ids),
     }
     if signals.task == "classification" and signals.labels is not None:
@@ -143,10 +143,16 @@ def _by_root(parents: list[int]) -> list[list[int]]:
     groups: dict[int, list[int]] = {}
     for n in range(len(parents)):
         groups.setdefault(_root(parents, n), []).append(n)
-    return sorted((g for g in groups.values() if len(g) > 1), key=lambda g: (-len(g), g))
+    return as_groups(groups.values())
 
 
-def _groups(groups: list[list[int]], ids: np.ndarray) -> dict[str, Any]:
+def as_groups(groups: Iterable[list[int]]) -> list[list[int]]:
+    """Those of two and more positions, the largest first."""
+    return sorted((g for g in groups if len(g) > 1), key=lambda g: (-len(g), g))
+
+
+def listed(groups: list[list[int]], ids: np.ndarray) -> dict[str, Any]:
+    """As in `result.json`: how many examples are one too many, their share of all `ids`, the first groups."""
     extra = sum(len(group) - 1 for group in groups)  # those that could go
     return {
         "examples": extra,

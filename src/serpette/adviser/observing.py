@@ -15,15 +15,15 @@ from ..data.examples import Examples
 from ..data.observe import Observation, evaluating, observe
 from ..data.sources import open_dataset
 from ..opening import Opened
+from ..types import uniform_of
 from .head import cross_fitted
-from .health import examine
+from .health import as_groups, examine, listed
 
 LEAST = 200  # examples: with fewer a probe says nothing
 
 
-def example_seconds(opened: Opened, batch_size: int) -> float:
-    """Seconds in which an example is read and goes forward through the model."""
-    rows = list(range(min(batch_size, len(opened.examples))))
+def example_seconds(opened: Opened, rows: list[int]) -> float:
+    """Seconds in which one of `rows` is read and goes forward through the model."""
     device = next(opened.model.parameters()).device
     best = float("inf")
     for _ in range(2):  # the first pays for what is set up once
@@ -34,6 +34,36 @@ def example_seconds(opened: Opened, batch_size: int) -> float:
         getattr(output, "logits", output).float().sum().item()  # waits for a GPU
         best = min(best, (time.perf_counter() - start) / len(rows))
     return best
+
+
+def tokens(examples: Examples, seconds: float, seed: int) -> dict[str, Any]:
+    """What reading alone tells of a language model's examples: `rows` that can be read, and their `health`.
+
+    Args:
+        seconds: in which as many are read as can be, drawn by `seed`; LEAST at least.
+
+    Raises:
+        ValueError: none of them can be read.
+    """
+    start, rows, bad = time.perf_counter(), [], {}
+    by_tokens: dict[bytes, list[int]] = {}
+    for place, row in enumerate(uniform_of(examples.ids, seed).argsort().tolist()):
+        if place >= LEAST and time.perf_counter() - start > seconds:
+            break
+        good, inputs, _, aside = examples.read([row])
+        bad |= aside
+        if good:
+            by_tokens.setdefault(inputs["input_ids"].numpy().tobytes(), []).append(len(rows))
+            rows.append(row)
+    if not rows:
+        name, reason = next(iter(bad.items()))
+        raise ValueError(f"none of {len(bad)} examples could be read; {name!r}: {reason}")
+    health = {"exact_duplicates": listed(as_groups(by_tokens.values()), examples.ids[rows])}
+    return {"rows": rows, "health": health | {"set_aside": _set_aside(bad)}}
+
+
+def _set_aside(bad: dict[str, str]) -> list[dict[str, str]]:
+    return [{"id": name, "reason": why} for name, why in bad.items()]
 
 
 def observed(
@@ -77,7 +107,7 @@ def health_of(found: Observation, examples: Examples, classes: list[str], seed: 
             signals.embeddings, signals.labels, signals.num_classes, seed=seed, ids=signals.ids
         )
     health = examine(signals, outputs, classes, equal)
-    return health | {"set_aside": [{"id": i, "reason": why} for i, why in found.set_aside.items()]}
+    return health | {"set_aside": _set_aside(found.set_aside)}
 
 
 def reader(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,8 @@ import torch
 
 from ..arms import predict
 from ..data.examples import Examples
-from ..data.store import write_json
 from ..evaluate import paired_difference
+from ..files import write_json
 from ..recipe import TuneSpec
 from ..scoring import tuned_head
 from ..tuning import set_seeds, train, trainable
@@ -48,7 +48,7 @@ def sizes_for(seconds: float, example_seconds: float, epochs: int, total: int, b
 
 def learning_curve(
     model: Any,
-    examples: Examples,
+    examples: Examples | Some,
     sizes: list[int],
     tune: TuneSpec,
     *,
@@ -61,7 +61,7 @@ def learning_curve(
 
     Args:
         model: without adapters; left as it is.
-        examples: of which subsets are drawn by `seed`; HELD of them, at most a fifth, judge.
+        examples: that can all be read, of which subsets are drawn by `seed`; HELD, at most a fifth, judge.
         folder: where finished pilots are kept, so that a killed run goes on.
     """
     held = min(HELD, max(1, len(examples) // 5))
@@ -142,7 +142,7 @@ def _trivial(labels: torch.Tensor, C: int) -> torch.Tensor:
 
 def tuned_outputs(
     model: Any,
-    examples: Examples,
+    examples: Examples | Some,
     rows: list[int],
     judges: list[int],
     tune: TuneSpec,
@@ -165,17 +165,18 @@ def tuned_outputs(
         return inputs if labels is None else {**inputs, "labels": labels[picks]}
 
     train(network, len(rows), collate, seed=seed, **tune.training)
-    return predict(network, _View(examples, judges), batch_size)[0]  # type: ignore[arg-type]
+    return predict(network, Some(examples, judges), batch_size)[0]  # type: ignore[arg-type]
 
 
-class _View:
-    """Some rows of `Examples`, as `predict` reads them."""
+class Some:
+    """Some rows of `Examples`, numbered anew, as `predict` and `learning_curve` read them."""
 
-    def __init__(self, examples: Examples, rows: list[int]):
+    def __init__(self, examples: Examples | Some, rows: list[int]):
         self.examples, self.rows, self.task = examples, rows, examples.task
+        self.ids = examples.ids[rows]
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def read(self, places: range) -> Any:
+    def read(self, places: Sequence[int]) -> Any:
         return self.examples.read([self.rows[p] for p in places])

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..data import budget
 from ..data.proxy import TRAINING_SIGNALS, Probe
 from ..data.selectors import registry as selectors
-from ..data.store import write_json
+from ..files import write_json
 from ..scorers import registry as scorers
 from ..types import Signals
 from .head import choose_penalty, fit_head, folds_of, whitened

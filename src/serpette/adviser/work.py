@@ -15,7 +15,7 @@ import torch
 from .. import __version__
 from ..cost import hardware, versions
 from ..data.budget import count
-from ..data.store import write_json
+from ..files import write_json
 from ..opening import Opened
 from ..pipeline.progress import Sayer
 from ..recipe import TuneSpec
@@ -32,6 +32,7 @@ SHARE = 0.2  # of the full fine-tune, that advising may take
 PARTS = {"observing": 0.35, "probes": 0.2, "pilot": 0.25, "tuning": 0.1, "weights": 0.1}
 TRIAL_SECONDS = 1e-3  # of a probe's trial, by example: what sizes the sample before a trial was timed
 FOLDS = 5
+READING_SECONDS = 5.0  # of a language model's examples
 CUT_EXAMPLES = {"causal-lm": 8}  # that the cut models read, else 400
 SENSITIVITY_EXAMPLES = {"causal-lm": 4}  # else 64
 CUT_SECONDS = 30.0  # for the weights at least, if the latency is limited
@@ -54,7 +55,7 @@ class Work:
     ):
         self.job, self.folder, self.say, self.tune, self.reading = job, folder, say, tune, reading
         self.batch_size, self.seed, self.limits = batch_size, seed, limits
-        self.total = len(job.dataset)
+        self.total = len(job.dataset)  # of which those that cannot be read are taken off once it is known
         self.seconds: dict[str, float] = {}
         self.notes: list[str] = []
         self.measured: Measured | None = None
@@ -83,32 +84,57 @@ class Work:
         """Seconds of a part."""
         return SHARE * PARTS[part] * self.full_seconds
 
+    @property
+    def full_seconds(self) -> float:
+        """Of tuning on all examples."""
+        return self.steps(self.total) * self.tunings[0].step_seconds
+
+    def read(self) -> None:
+        """The examples of a language model, without the model: which can be read, and which are equal."""
+        self.say("reading the examples")
+        found = self.kept(
+            "observing",
+            "tokens",
+            lambda: observing.tokens(self.job.examples, READING_SECONDS, self.seed),
+        )
+        self.readable = pilot.Some(self.job.examples, found["rows"])
+        self._judge_health(found["health"], len(self.readable))
+
+    def _judge_health(self, health: dict[str, Any], readable: int) -> None:
+        self.health, bad = health, len(health["set_aside"])
+        self.total = round(self.total * readable / (readable + bad))
+        if bad:
+            self.notes.append(
+                f"{bad} of {readable + bad} examples cannot be read; training sets them aside, too."
+            )
+
     def step(self) -> None:
         """Times the step that is advised on, and the reading of examples."""
         self.say("timing a training step")
 
         def work() -> dict[str, Any]:
-            per_example = observing.example_seconds(self.job, min(self.batch_size, 16))
-            base = tunings(self.job.model, self._batch(), rank=self.tune.rank, ways=[WAYS[self.tune.method]])
+            rows, batch = self._batch()
+            per_example = observing.example_seconds(self.job, rows[: min(self.batch_size, 16)])
+            base = tunings(self.job.model, batch, rank=self.tune.rank, ways=[WAYS[self.tune.method]])
             return {"example_seconds": per_example, "tuning": asdict(base[0])}
 
         found = self.kept("tuning", "step", work)
         self.example_seconds = found["example_seconds"]
         self.tunings = [Tuning(**found["tuning"])]
-        self.full_seconds = self.steps(self.total) * self.tunings[0].step_seconds
 
-    def _batch(self) -> dict[str, torch.Tensor]:
-        """A batch of the first examples that can be read, as they are tuned with."""
+    def _batch(self) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """Rows of the first examples that can be read, and a batch of them as they are tuned with."""
         size, task = self.tune.batch_size, self.job.task
-        good, inputs, labels, bad = self.job.examples.read(range(min(2 * size, self.total)))
+        if task == "causal-lm":
+            rows = self.readable.rows[:size]
+            return rows, self.job.examples.read(rows)[1]
+        good, inputs, labels, bad = self.job.examples.read(range(min(2 * size, len(self.job.dataset))))
         if not good:
             name, reason = next(iter(bad.items()))
             raise ValueError(f"none of the first {len(bad)} examples could be read; {name!r}: {reason}")
         inputs = {name: value[:size] for name, value in inputs.items()}
-        if task == "causal-lm":
-            return inputs
         kind = torch.float32 if task == "regression" else torch.long
-        return {**inputs, "labels": torch.tensor(labels[:size], dtype=kind)}
+        return good[:size], {**inputs, "labels": torch.tensor(labels[:size], dtype=kind)}
 
     def observe(self) -> None:
         """One pass over as many examples as fit."""
@@ -132,11 +158,12 @@ class Work:
         )
         self.seconds["observing"] = sum(self.observation.seconds.values())
         self.say("health of the data")
-        self.health = self.kept(
+        health = self.kept(
             "observing",
             "health",
             lambda: observing.health_of(self.observation, self.examples, self.job.classes, self.seed),
         )
+        self._judge_health(health, len(self.observation.rows))
 
     def probe(self, choices: Sequence[Choice], keeps: Sequence[float], metric: str) -> None:
         """The choices, in as many trials as fit: five at least."""
@@ -201,13 +228,15 @@ class Work:
         """Short tunings in place of probes."""
         per_example = self.tunings[0].step_seconds / self.tune.batch_size
         seconds = self.allowed("observing") + self.allowed("probes") + self.allowed("pilot")
-        sizes = pilot.sizes_for(seconds, per_example, self.tune.epochs, self.total, self.tune.batch_size)
+        sizes = pilot.sizes_for(
+            seconds, per_example, self.tune.epochs, len(self.readable), self.tune.batch_size
+        )
         self.say(f"short tunings on {', '.join(map(str, sizes))} examples")
 
         def work() -> dict[str, Any]:
             curve, values = pilot.learning_curve(
                 self.job.model,
-                self.job.examples,
+                self.readable,
                 sizes,
                 self.tune,
                 seed=self.seed,
@@ -236,7 +265,7 @@ class Work:
 
         def work() -> list[dict[str, Any]]:
             found = tunings(
-                self.job.model, self._batch(), rank=self.tune.rank, seconds=self.allowed("tuning")
+                self.job.model, self._batch()[1], rank=self.tune.rank, seconds=self.allowed("tuning")
             )
             return [asdict(t) for t in found]
 
@@ -247,9 +276,8 @@ class Work:
     def weights(self) -> None:
         """What cutting heads and channels would do, where there is time or a limit of the latency."""
         task = self.job.task
-        n = min(
-            CUT_EXAMPLES.get(task, 400), self.total if task == "causal-lm" else len(self.observation.rows)
-        )
+        rows = torch.tensor(self.readable.rows) if task == "causal-lm" else self.observation.rows
+        n = min(CUT_EXAMPLES.get(task, 400), len(rows))
         seconds = self.allowed("weights")
         if self.limits.latency is not None:  # then all shares must be looked at
             seconds = max(seconds, CUT_SECONDS)
@@ -260,11 +288,10 @@ class Work:
             return
         self.say("what cutting heads and channels does")
         if task == "causal-lm":
-            rows, labels = torch.arange(n), None
-            examples = self.job.examples
+            labels, examples = None, self.job.examples
         else:
-            rows, labels, examples = self.observation.rows[:n], self.observation.signals.labels, self.examples
-        read = observing.reader(examples, rows, None if labels is None else labels[:n])
+            labels, examples = self.observation.signals.labels, self.examples
+        read = observing.reader(examples, rows[:n], None if labels is None else labels[:n])
 
         def work() -> dict[str, Any]:
             model = self.job.model
@@ -376,7 +403,7 @@ class Work:
             },
             "data": {
                 "train": names["train"],
-                "examples": self.total,
+                "examples": len(self.job.dataset),
                 "observed": 0 if causal else len(self.observation.rows),
                 "classes": self.job.classes,
             },

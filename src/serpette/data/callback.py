@@ -22,9 +22,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from ..files import write_atomic
 from .examples import ID_COLUMN, Examples
 from .passes import Loader, Stream, drive, read_loader, rows_in, wanted_passes
-from .store import write_atomic
 from .visits import Visit, Visits
 
 FORMAT = 1

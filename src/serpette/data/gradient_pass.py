@@ -22,11 +22,11 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from ..files import write_atomic
 from ..lora_gradients import LayerGradients, LoraGradients
 from ..registry import near
 from ..types import Task, uniform_of
 from .examples import Examples, check_labels
-from .store import write_atomic
 
 WARMUP_STEPS = 32  # of a fresh LoRA: the head has left chance and every B is away from 0
 WARMUP_BATCH = 16

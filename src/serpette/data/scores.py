@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .. import scorers as scorer_methods
 from ..cost import versions
+from ..files import write_atomic, write_json
 from ..registry import near
 from ..types import Signals
 from .paths import reopened_paths
-from .store import write_atomic, write_json
 
 
 @dataclass

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import scorers as scorer_methods
+from ..files import write_atomic
 from ..lora_gradients import LayerGradients, LoraGradients
 from ..types import PerClass, Scorer, Selector, Signals, uniform_of
 from . import budget
@@ -25,7 +26,6 @@ from .callback import PassesCallback, known_labels
 from .pruner import select as select_examples
 from .scores import Scores, config_of
 from .search import describe
-from .store import write_atomic
 from .tally import Tally
 from .visits import Visit, Watch, loss_scale
 

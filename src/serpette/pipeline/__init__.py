@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arms import mean_of_seeds
-from ..data.store import write_atomic, write_json
+from ..files import write_atomic, write_json
 from ..recipe import Recipe, check, dump, load, to_dict
 from .arm import run_arm
 from .gallery import gallery

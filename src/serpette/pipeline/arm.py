@@ -18,7 +18,7 @@ from ..data.mmd import mmd
 from ..data.proxy import TRAINING_SIGNALS
 from ..data.search import describe
 from ..data.selectors import registry as selectors
-from ..data.store import write_json
+from ..files import write_json
 from ..recipe import ArmSpec, EvaluateSpec, to_dict
 from ..scorers import registry as scorers
 from ..types import uniform_of

@@ -13,7 +13,7 @@ import yaml
 from .. import __version__
 from ..arms import METRICS, comparisons
 from ..cost import hardware, versions
-from ..data.store import write_atomic
+from ..files import write_atomic
 from ..recipe import ArmSpec
 from .job import Job
 

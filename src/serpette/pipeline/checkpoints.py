@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..data.store import write_json
+from ..files import write_json
 
 EVERY_SECONDS = 60.0  # from one checkpoint to the next; a shorter training writes none
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")

@@ -15,7 +15,7 @@ from ..cost import hardware, versions
 from ..data.examples import Examples, check_labels
 from ..data.features import accepted_names
 from ..data.sources import device_of, encode_labels, open_dataset, open_model
-from ..data.store import write_atomic
+from ..files import write_atomic
 from ..opening import labelled
 from ..recipe import Recipe, check_task, to_dict
 from ..report.histograms import histogram_of

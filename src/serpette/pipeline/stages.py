@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..data.store import write_json
+from ..files import write_json
 
 
 class Stages:

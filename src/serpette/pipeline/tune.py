@@ -18,7 +18,7 @@ from .. import scoring
 from ..cost import forward_flops, measure, train_flops
 from ..data.budget import split
 from ..data.gradient_pass import WARMUP_BATCH, WARMUP_STEPS
-from ..data.store import write_json
+from ..files import write_json
 from ..recipe import ArmSpec, PruneSpec, TuneSpec
 from ..recipe.prune import ONE_SHOT, config_of
 from ..recipe.tune import ADAPTERS

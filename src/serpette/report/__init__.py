@@ -1,4 +1,4 @@
-"""One self-contained HTML page about a run or an advice: what pruning saves, what it loses, what is noise."""
+"""One self-contained HTML page of a run, an advice or a comparison: what pruning saves and what it loses."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 def write(run_dir: str | os.PathLike) -> Path:
-    """Write `report.html` beside the `result.json` of a run or of an advice, and return its path.
+    """Write `report.html` beside the `result.json` of a run, an advice or a comparison, and return its path.
 
     Reads `result.json` and, where they exist, `scores.parquet` and `gallery.json`. Parts that the folder does
     not have are left out. The page asks for nothing from outside itself; all text that comes from data is
     escaped. It is written to a neighbouring file first, then moved in place.
 
     Args:
-        run_dir: the folder that `serpette run` or `serpette advise` has written.
+        run_dir: the folder that `serpette run`, `serpette advise` or `serpette compare --out` has written.
 
     Raises:
         ValueError: when there is no readable `result.json`.
@@ -25,19 +25,15 @@ def write(run_dir: str | os.PathLike) -> Path:
         ...
         ValueError: run_dir='runs/nothing' has no result.json; give the folder that `serpette run` has written
     """
+    from ..files import write_atomic
     from .advice import render_advice
+    from .comparison import render as render_comparison
     from .page import render
     from .run import load, load_result
 
     path, result = Path(run_dir) / "report.html", load_result(run_dir)
-    text = render_advice(result) if result.get("kind") == "advice" else render(load(run_dir))
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(text.encode("utf-8", errors="replace"))  # a lone surrogate in a name becomes "?"
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    pages = {"advice": render_advice, "comparison": render_comparison}
+    page = pages.get(result.get("kind", "run"))
+    text = page(result) if page else render(load(run_dir))
+    write_atomic(path, text.encode("utf-8", errors="replace"))  # a lone surrogate in a name becomes "?"
     return path

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+KINDS = ("run", "advice", "comparison")  # of result.json that have a page
 
 
 @dataclass
@@ -155,15 +158,15 @@ def keeps_all(arm: dict[str, Any]) -> bool:
     return number(arm.get("keep")) == 1.0 and not arm.get("scorer")
 
 
-def load_result(run_dir: str | os.PathLike) -> dict[str, Any]:
-    """Read `result.json`; ValueError when it is missing, or neither of a run nor of an advice."""
+def load_result(run_dir: str | os.PathLike, kinds: Collection[str] = KINDS) -> dict[str, Any]:
+    """Read `result.json`; ValueError when it is missing, or of none of `kinds`."""
     path = Path(run_dir) / "result.json"
     if not path.is_file():
         raise ValueError(
             f"run_dir={str(run_dir)!r} has no result.json; give the folder that `serpette run` has written"
         )
     result = _json(path, dict)
-    if result.get("kind", "run") not in ("run", "advice"):
+    if result.get("kind", "run") not in kinds:
         raise ValueError(
             f"run_dir={str(run_dir)!r} holds {result['kind']}, not a run; "
             "give the folder that `serpette run` has written"
@@ -176,7 +179,7 @@ def load(run_dir: str | os.PathLike) -> Run:
     folder = Path(run_dir)
     gallery = _json(folder / "gallery.json", list) if (folder / "gallery.json").is_file() else []
     found = [g for g in gallery if isinstance(g, dict)]
-    return Run(load_result(folder), _scores(folder / "scores.parquet"), found)
+    return Run(load_result(folder, ("run",)), _scores(folder / "scores.parquet"), found)
 
 
 def _json(path: Path, kind: type) -> Any:
