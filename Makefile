@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 NAME ?=
 ARGS ?=
+WORKERS ?= 2
 
 help:  ## this list
 	@echo "Serpette: fine-tuning made cheap by pruning."
@@ -34,8 +35,8 @@ demo: $(STAMP)  ## prune Fashion-MNIST, tune a real ViT on what is left; ends wi
 	@$(BIN)/serpette run recipes/demo.yaml
 
 test: $(STAMP)  ## the tests (some 13 minutes on 2 cores); some of them: make test ARGS="tests/test_cli.py"
-	@echo "==> running the tests"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(ARGS)
+	@echo "==> running the tests in $(WORKERS) processes"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 oldest: $(STAMP)  ## the tests of the row adapter with the oldest peft that it supports
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --upgrade --target $(VENV)/oldest peft==0.18.0
