@@ -13,7 +13,7 @@ import torch
 from serpette import zoo
 from serpette.adviser import probes
 from serpette.adviser.head import choose_penalty, cross_fitted
-from serpette.adviser.health import wrong_labels
+from serpette.adviser.health import near_groups, wrong_labels
 from serpette.adviser.recommend import Noise, Outlook, outlooks
 from serpette.data import budget
 from serpette.data.examples import Examples
@@ -75,16 +75,18 @@ def run(name: str, seed: int, folder: Path, quick: bool = False) -> None:
     signals, C = task.signals, task.signals.num_classes
     start = time.process_time()
     choices = probes.choices_for(signals.task, signals.labels)
+    raw = pool.path[0, task.rows]
+    groups = near_groups(raw)
     measured = probes.measure(
-        signals, choices, keeps, features=signals.embeddings, metric=metric, seed=seed
+        signals, choices, keeps, features=signals.embeddings, groups=groups, metric=metric, seed=seed
     )  # the space of the heads is that of the benchmarks
     noise = None
     if C:
-        raw = pool.path[0, task.rows]
-        logits = cross_fitted(raw, signals.labels, C, seed=seed, ids=signals.ids)
+        logits = cross_fitted(raw, signals.labels, C, seed=seed, ids=signals.ids, groups=groups)
         found = wrong_labels(logits, signals.labels, signals.ids, [str(c) for c in range(C)])
         if found["share"] > 0:
             noise = Noise(found["share"], (found["high"] - found["low"]) / 3.92, C)
+            noise = noise if noise.identified else None
     predicted = outlooks(measured, len(signals), noise=noise, test_examples=len(task.test))
     seconds = time.process_time() - start
     actual = _actual(task, measured, metric, seed)

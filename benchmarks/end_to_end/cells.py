@@ -130,8 +130,9 @@ def run(task: Task, seed: int, folder: Path) -> None:
     result = json.loads((home / "run" / "result.json").read_text())
     figures = {arm["name"]: _figures(arm) for arm in result["arms"]}
     for name, recipe in recipes.items():  # "keep everything" is the full run, which is trained once
+        told, point = recipe.arms[0].predicted, 100 if result["metric"] == "perplexity" else 1
         figures[name] = (figures[name] if name in figures else figures["everything"]) | {
-            "predicted": recipe.arms[0].predicted
+            "predicted": {k: v * (point if k.startswith("loss") else 1) for k, v in told.items()}
         }
     write_json(
         file,

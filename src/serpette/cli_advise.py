@@ -51,7 +51,8 @@ def advise(
         dataset: The examples: a zoo name, a hub id, an image folder, or a parquet, CSV or JSONL file.
         time: Limit of scoring and tuning: a share of tuning with everything (0.3x), or 600s, 10min, 2h.
         memory: Limit of a training step's peak, such as 8GiB or 500MB.
-        latency: Of the finished model to the unpruned one, such as 0.6x.
+        latency: Of the finished model to the unpruned one, such as 0.6x, for batches of 1 or of 8, whichever
+            gains more.
         max_loss: Points of the metric that may be lost to keeping everything. Without any limit: 1.0. Where
             the time is not limited, the least time that keeps it is advised; else the least loss.
         out: File of the recipe; a stopped command goes on in the folder of that name.
@@ -75,6 +76,7 @@ def advise(
         seed: Of everything random.
     """
     from .adviser import advise as advised
+    from .adviser import places
     from .recipe import TuneSpec
     from .recipe.tune import check_tune
 
@@ -89,5 +91,7 @@ def advise(
     print(advice.sentence)
     for option in advice.result["runners_up"]:
         print(f"Or: {option['sentence']}")
-    print(out if out.suffix else out / "recipe.yaml")
+    for note in advice.result["notes"]:
+        print(f"Note: {note}")
+    print(places(out)[1])
     print(advice.folder / "report.html")

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import shutil
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -78,6 +79,7 @@ def test_it_says_what_it_found(advice):
     assert {c["keep"] for c in result["choices"]} == set(KEEPS)
     assert {"random", "herding"} <= {c["name"] for c in result["choices"]}
     assert result["recommendation"]["sentence"] == advice.sentence and "predicted to lose" in advice.sentence
+    assert result["full"]["seconds"] > result["full"]["steps"] * result["full"]["step_seconds"]  # and reading
     assert len(result["runners_up"]) == 2 and result["recommendation"]["seconds"] <= result["full"]["seconds"]
     assert [s["sparsity"] for s in result["weights"]["sparsities"]][0] == 0.25
     assert (advice.folder / "report.html").stat().st_size > 10_000
@@ -135,8 +137,11 @@ def test_impossible_budgets_say_what_comes_nearest_and_keep_what_was_found(
     budget, words, pictures, advice, tmp_path
 ):
     shutil.copytree(advice.folder, tmp_path / "pick")
+    shutil.copy(advice.folder.with_suffix(".yaml"), tmp_path)
     with pytest.raises(ValueError, match=words):
         advised(pictures, tmp_path / "pick.yaml", **budget)
+    assert not (tmp_path / "pick.yaml").exists()  # what was advised before is not what was asked for
+    assert "no recommendation yet" in (tmp_path / "pick" / "report.html").read_text()
     assert json.loads((tmp_path / "pick" / "result.json").read_text())["choices"]
 
 
@@ -150,8 +155,36 @@ def test_a_limit_of_the_latency_looks_at_all_shares_anew(advice, pictures, tmp_p
     assert again.result["weights"] == advice.result["weights"]
 
 
+def test_cut_models_are_judged_by_examples_of_all_classes(advice, pictures, tmp_path, monkeypatch):
+    """Also in a folder that is sorted by class."""
+    seen = []
+
+    def cuts(model, read, n, **rest):
+        seen.append(read(list(range(n)))["labels"])
+        raise ValueError("enough")
+
+    shutil.copytree(advice.folder, tmp_path / "pick")
+    (tmp_path / "pick" / "found" / "weights for latency.json").unlink()
+    monkeypatch.setattr(work, "cuts", cuts)
+    monkeypatch.setattr(work, "CUT_EXAMPLES", {"classification": 20})
+    with pytest.raises(ValueError, match="latency='0.9x' cannot be kept: enough"):
+        advised(pictures, tmp_path / "pick.yaml", latency="0.9x")
+    assert len(seen[0]) == 20 and set(seen[0].tolist()) == {0, 1, 2}
+
+
+def test_data_that_changed_are_not_answered_from_the_folder(pictures, tmp_path):
+    shutil.copytree(pictures / "images", tmp_path / "images")
+    (tmp_path / "pick").mkdir()
+    ask = {"tune": TUNE, "keeps": KEEPS, "out": tmp_path / "pick.yaml", "progress": False}
+    with pytest.raises(ValueError, match="is too little"):
+        advise(pictures / "model", tmp_path / "images", **ask, memory="0.01MB")
+    (tmp_path / "images" / "train" / "a" / "3.png").rename(tmp_path / "images" / "train" / "b" / "3.png")
+    with pytest.raises(ValueError, match="holds the advice on something else, or on data that have changed"):
+        advise(pictures / "model", tmp_path / "images", **ask)
+
+
 def test_another_job_does_not_take_the_folder(advice, pictures):
-    with pytest.raises(ValueError, match="holds the advice on something else; give another --out"):
+    with pytest.raises(ValueError, match="holds the advice on something else"):
         advise(
             pictures / "model",
             pictures / "images",
@@ -161,12 +194,41 @@ def test_another_job_does_not_take_the_folder(advice, pictures):
         )
 
 
+def one_class(folder):
+    datasets.Dataset.from_dict({"text": ["x", "y"] * 6, "label": ["a"] * 12}).to_csv(folder / "one.csv")
+    return folder / "one.csv"
+
+
+def constant(folder):
+    datasets.Dataset.from_dict({"text": ["x", "y"] * 6, "target": [0.5] * 12}).to_csv(folder / "flat.csv")
+    return folder / "flat.csv"
+
+
+def test_where_it_writes(tmp_path, monkeypatch):
+    adviser = importlib.import_module("serpette.adviser")
+    assert adviser.places("a/my advice.yaml") == (Path("a/my advice"), Path("a/my advice.yaml"))
+    assert adviser.places("advice-0.3x") == (Path("advice-0.3x"), Path("advice-0.3x/recipe.yaml"))
+    assert adviser._name(Path("a/my advice")) == "my_advice"
+    monkeypatch.chdir(tmp_path)
+    assert adviser._name(Path("runs/demo")) == "demo-run"
+    (tmp_path / "mine.yaml").write_text("name: mine")
+    with pytest.raises(ValueError, match="mine.yaml exists and is no advice's"):
+        adviser._claim(tmp_path / "mine", tmp_path / "mine.yaml", {})
+
+
 def test_bad_arguments(pictures, tmp_path):
     for given, words in (
         ({"keeps": (1.5,)}, "keep=1.5"),
         ({"tune": TuneSpec(method="head")}, "tune.method='head' is not advised on"),
         ({"metric": "f1"}, "metric='f1' must be"),
         ({"dataset": [1, 2]}, "dataset=list must be a name or a path"),
+        ({"tune": TuneSpec(checkpointing=True)}, "tune.checkpointing=True is not advised on; leave it at"),
+        ({"tune": TuneSpec("rows"), "latency": "0.6x"}, "which tune.method='rows' does not allow"),
+        ({"tune": TuneSpec(dropout=0.1), "latency": "0.6x"}, "which tune.dropout=0.1 does not allow"),
+        ({"test": str(tmp_path / "none.csv")}, "none.csv"),
+        ({"seed": -1}, "seed"),
+        ({"dataset": one_class(tmp_path)}, "the examples have one class, 'a'"),
+        ({"dataset": constant(tmp_path), "task": "regression"}, "all targets are the same"),
     ):
         with pytest.raises(ValueError, match=words):
             advise(pictures / "model", **({"dataset": pictures / "images", "out": tmp_path} | given))
@@ -221,6 +283,13 @@ def test_a_language_model_has_a_curve_of_short_tunings(chats, tmp_path):
     assert result["data"]["examples"] == 80 and len(result["health"]["set_aside"]) == 20
     assert result["health"]["exact_duplicates"]["examples"] == 60 - 15  # 5 prompts x 3 responses
     assert result["full"]["steps"] == 15 and any("20 of 80 examples" in note for note in result["notes"])
+    best, told = result["recommendation"], advice.recipe.arms[0].predicted
+    assert result["budget"]["max_loss"] == 0.9 and " nats (" in result["runners_up"][0]["sentence"]
+    assert [told[k] for k in ("loss", "loss_low", "loss_high")] == pytest.approx(
+        [best[k] for k in ("loss", "low", "high")], abs=1e-3
+    )
+    for choice in result["choices"]:
+        assert choice["value"] - result["full"]["value"] == pytest.approx(choice["loss"])
     assert result["full"]["value"] > 0 and recipe.load(tmp_path / "lm.yaml").arms
     assert (tmp_path / "lm" / "report.html").exists()
 

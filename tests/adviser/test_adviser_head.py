@@ -39,6 +39,19 @@ def test_folds_are_balanced_and_do_not_depend_on_the_order():
     assert not torch.equal(folds_of(ids, labels, 5, seed=2), fold)
 
 
+def test_duplicates_share_a_fold_and_folds_stay_even():
+    ids, labels = np.arange(60).astype(str), torch.arange(60) % 3
+    pairs = torch.arange(60) % 30
+    fold_N = folds_of(ids, labels, 5, 0, pairs)
+    assert torch.equal(fold_N[:30], fold_N[30:])
+    for c in range(3):
+        assert torch.bincount(fold_N[labels == c], minlength=5).tolist() == [4] * 5
+    alone = folds_of(ids, labels, 5, 0, torch.arange(60))
+    assert torch.equal(alone, folds_of(ids, labels, 5, 0))
+    huge = torch.cat([torch.zeros(40, dtype=torch.long), torch.arange(1, 21)])  # more than a fold holds
+    assert torch.bincount(folds_of(ids, None, 5, 0, huge)).tolist() == [12] * 5
+
+
 def test_no_example_is_judged_by_a_head_that_saw_it(blobs):
     x, y = blobs
     noise = torch.randint(0, 3, (120,))

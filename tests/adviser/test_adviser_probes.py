@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from serpette.adviser.head import cross_fitted
-from serpette.adviser.health import examine
+from serpette.adviser.health import SAME, SIMILARITY, duplicates, examine, near_groups
 from serpette.adviser.probes import EQUAL, RANDOM, SCORED, Choice, choices_for, measure
 from serpette.adviser.recommend import Noise, best_of, outlooks
 from serpette.types import Signals
@@ -23,6 +23,10 @@ def made(sizes, apart, seed=0, D=8):
     x = centres[labels] + torch.randn(len(labels), D, generator=generator)
     ids = np.array([f"n{i}" for i in range(len(labels))])
     return Signals(ids, labels, len(sizes), embeddings=x, seed=seed)
+
+
+def never_equal(n):
+    return str(n).encode()
 
 
 def advised(signals, *, metric="accuracy", choices=SCORED, noise=None, repeats=2, total=None):
@@ -65,7 +69,7 @@ def test_heavy_label_noise_is_found_and_its_share_estimated():
     noisy = torch.where(wrong, (signals.labels + 1 + torch.arange(600) % 2) % 3, signals.labels)
     signals = dataclasses.replace(signals, labels=noisy)
     outputs = cross_fitted(signals.embeddings, noisy, 3, ids=signals.ids)
-    found = examine(signals, outputs, ["a", "b", "c"], lambda a, b: False)["wrong_labels"]
+    found = examine(signals, outputs, ["a", "b", "c"], never_equal)["wrong_labels"]
     assert found["low"] <= 0.3 <= found["high"] and found["high"] - found["low"] < 0.1
     ids = {s["id"] for s in found["suspects"]}
     assert len(ids & set(signals.ids[wrong.numpy()])) >= 0.9 * len(ids) > 0
@@ -80,7 +84,7 @@ def test_clean_classes_that_overlap_are_not_taken_for_wrong_labels():
     signals = made([300, 300], apart=1.5)
     outputs = cross_fitted(signals.embeddings, signals.labels, 2, ids=signals.ids)
     assert (outputs.argmax(1) == signals.labels).float().mean() < 0.9
-    assert examine(signals, outputs, ["a", "b"], lambda a, b: False)["wrong_labels"]["low"] < 0.02
+    assert examine(signals, outputs, ["a", "b"], never_equal)["wrong_labels"]["low"] < 0.02
 
 
 def test_half_duplicates_are_counted_exact_and_near():
@@ -93,7 +97,7 @@ def test_half_duplicates_are_counted_exact_and_near():
         Signals(ids, labels, 2, embeddings=twice),
         None,
         ["a", "b"],
-        lambda a, b: torch.equal(twice[a], twice[b]),
+        lambda n: twice[n].numpy().tobytes(),
     )
     assert found["exact_duplicates"]["examples"] == 60
     assert ["n0", "n80"] in found["exact_duplicates"]["groups"]
@@ -101,10 +105,71 @@ def test_half_duplicates_are_counted_exact_and_near():
     assert found["classes"] == {"a": 80, "b": 80}
 
 
+def slow_duplicates(x, kinds):
+    """Every pair by itself; `kinds` says whose inputs are equal."""
+    unit = (x - x.mean(0)).double()
+    unit = unit / unit.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    N, same, near = len(x), list(range(len(x))), list(range(len(x)))
+    for a in range(N):
+        for b in range(a + 1, N):
+            cosine = float(unit[a] @ unit[b])
+            for number, joins in (
+                (near, cosine >= SIMILARITY),
+                (same, cosine >= SAME and kinds[a] == kinds[b]),
+            ):
+                if joins and number[a] != number[b]:
+                    old, new = number[b], number[a]
+                    number[:] = [new if n == old else n for n in number]
+    groups = [[[n for n in range(N) if number[n] == g] for g in set(number)] for number in (same, near)]
+    exact, alike = ([g for g in found if len(g) > 1] for found in groups)
+    alike = [g for g in alike if len({same[n] for n in g}) > 1]
+    return *(sorted(found, key=lambda g: (-len(g), g)) for found in (exact, alike)), near
+
+
+def alike_and_equal(seed):
+    """Features with chains of neighbours, near and equal ones; and of which kind the inputs are."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(60, 5, generator=generator)
+    angle = 0.15 * torch.arange(20.0)  # a chain: neighbours are alike, its ends are not
+    chain = torch.stack([angle.cos(), angle.sin(), *torch.zeros(3, 20)], 1) * 4
+    near = x[:30] + 0.1 * torch.randn(30, 5, generator=generator)
+    equal = x[torch.randint(0, 20, (40,), generator=generator)]
+    found = torch.cat([x, chain, near, equal, x[40:45]])
+    found = found[torch.randperm(len(found), generator=generator)]
+    kinds = [row.numpy().tobytes() for row in found]
+    kinds[3] = b"of the same features, but another input"
+    return found, kinds
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_duplicates_are_those_of_a_loop_over_all_pairs(seed, monkeypatch):
+    x, kinds = alike_and_equal(seed)
+    exact, alike, number = slow_duplicates(x, kinds)
+    assert len(exact) > 5 and len(alike) > 2
+    for pairs in (2**22, 1000):  # all at once, and in blocks of a few rows
+        monkeypatch.setattr("serpette.adviser.health.PAIRS", pairs)
+        assert duplicates(x, lambda n: kinds[n]) == (exact, alike)
+        places = {g: i for i, g in enumerate(dict.fromkeys(number))}
+        assert near_groups(x).tolist() == [places[g] for g in number]
+
+
+def test_each_of_hundreds_of_equal_examples_is_read_once():
+    x = torch.cat([torch.randn(1, 8).expand(600, 8), torch.randn(600, 8)])
+    read = []
+
+    def digest(n):
+        read.append(n)
+        return b"equal" if n < 400 else str(n).encode()
+
+    exact, near = duplicates(x, digest)
+    assert exact == [list(range(400))] and list(range(600)) == near[0]
+    assert len(read) == len(set(read)) < 620
+
+
 def test_outliers_are_those_far_from_all_others():
     signals = made([100], apart=0)
     signals.embeddings[7] += 40
-    found = examine(signals, None, ["a"], lambda a, b: False)["outliers"]
+    found = examine(signals, None, ["a"], never_equal)["outliers"]
     assert [o["id"] for o in found] == ["n7"]
 
 
@@ -173,6 +238,31 @@ def test_finished_trials_are_kept(tmp_path):
     resumed = measure(signals, [RANDOM], (0.5,), folder=tmp_path)
     assert all(f.stat().st_mtime_ns == time for f, time in times.items())
     assert np.array_equal(resumed.whole, measure(signals, [RANDOM], (0.5,)).whole)
+
+
+def test_a_later_call_has_all_trials_that_are_there(tmp_path):
+    signals = made([40, 40], apart=2)
+    whole = measure(signals, [RANDOM], (0.5,), folder=tmp_path).whole
+    assert np.array_equal(
+        measure(signals, [RANDOM], (0.5,), folder=tmp_path, go_on=lambda: False).whole, whole
+    )
+    assert len(measure(signals, [RANDOM], (0.5,), go_on=lambda: False).whole) == 5
+
+
+def test_no_head_judges_what_it_has_seen_as_a_duplicate():
+    """Labels by chance, each example twice: nothing can be learned, and nothing is lost by fewer."""
+    once = made([150, 150], apart=0, D=64)
+    labels = torch.cat([once.labels, once.labels])
+    ids = np.array([f"n{i}" for i in range(600)])
+    signals = Signals(ids, labels, 2, embeddings=torch.cat([once.embeddings] * 2), seed=0)
+    groups = near_groups(signals.embeddings)
+    assert len(groups.unique()) == 300
+    leaky = measure(signals, [RANDOM], (0.3,), repeats=1)
+    honest = measure(signals, [RANDOM], (0.3,), groups=groups, repeats=1)
+    assert leaky.whole.mean() > 58 > 55 > honest.whole.mean()
+    assert abs(honest.whole.mean() - honest.values[RANDOM.name, 0.3].mean()) < 7
+    outputs = cross_fitted(signals.embeddings, labels, 2, groups=groups, penalty=1e-3)
+    assert 0.4 < (outputs.argmax(1) == labels).double().mean() < 0.6
 
 
 def test_more_examples_than_observed_move_along_the_curve():

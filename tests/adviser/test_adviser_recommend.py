@@ -104,15 +104,14 @@ def test_a_score_is_advised_only_where_it_is_likely_above_chance():
 
 
 def test_what_is_said():
-    assert "Keep everything and tune LoRA on all 1,000 examples (100 s" in sentence(
-        EVERYTHING, 100.0, "points"
-    )
-    said = sentence(HALF, 100.0, "points")
+    assert "Keep everything and tune LoRA on all 1,000 examples (100 s" in sentence(EVERYTHING, 100.0, False)
+    said = sentence(HALF, 100.0, False)
     assert (
         "a balanced random 50%, 500 examples" in said
         and "lose 0.4 points (-0.6 to 1.4) in 50 s, 0.50" in said
     )
-    said = sentence(option(0.3, 1.0, 30.0, choice=HERDING), 100.0, "points")
+    assert "lose 0.004 nats (-0.006 to 0.014) in 50 s" in sentence(HALF, 100.0, True)
+    said = sentence(option(0.3, 1.0, 30.0, choice=HERDING), 100.0, False)
     assert "300 examples, that herding chooses (+1.0 points to a balanced random choice)" in said
 
 
@@ -121,7 +120,19 @@ def test_accuracy_on_right_labels_is_that_of_the_noise_model():
     for right in (0.3, 0.7, 0.95):
         as_given = 100 * (right * 0.8 + (1 - right) * 0.2 / 4)
         assert noise.right(as_given) == pytest.approx(100 * right)
-    assert noise.uncertainty(70.0) > 0.5
+    assert noise.uncertainty(70.0) > 0.5 and noise.identified
+    assert not Noise(0.45, 0.03, 2).identified or Noise(0.45, 0.03, 2).scale > 0
+    assert not Noise(0.45, 0.06, 2).identified and not Noise(0.1, 0.1, 10).identified
+
+
+def test_of_a_language_model_figures_are_in_nats_of_which_less_is_better():
+    plain, nats = HALF.as_dict(), HALF.as_dict(causal=True)
+    assert [nats[k] for k in ("loss", "low", "high")] == pytest.approx(
+        [plain[k] / 100 for k in ("loss", "low", "high")]
+    )
+    whole, half = (o.as_dict(causal=True)["choice"] for o in (EVERYTHING, HALF))
+    assert half["value"] - whole["value"] == pytest.approx(half["loss"])
+    assert half["low"] <= half["value"] <= half["high"]
 
 
 def test_a_tuning_of_few_steps_is_behind_the_head():
@@ -140,7 +151,8 @@ def test_a_tuning_of_few_steps_is_behind_the_head():
     assert late[0.1].loss == pytest.approx(12 + 15 - 1.5) and late[1.0].loss == 0
     half = late[0.1].loss_high - late[0.1].loss
     assert half == pytest.approx(2.776 * math.hypot(7.5, 2.0 * 5 / 10), rel=1e-3)
-    assert Behind(-4.0, 1.0, 5).at(50) == 0
+    assert Behind(-4.0, 1.0, 5).at(50, 80.0) == 0
+    assert Behind(40.0, 5.0, 32, trivial=10.0).at(10, 60.0) == 50  # never below what knows nothing
     unknown = Behind(3.0, 2.0, 5, trivial=50.0, learned=False)  # half of the other 50 points, as 95 %
     lost = outlooks(held, 100, behind=unknown)[0]
     assert lost.loss_high - lost.loss == pytest.approx(2.776 * 25 / 1.96, rel=1e-3)

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from ..data.budget import count
+from ..data.callback import fingerprint
 from ..data.sources import open_dataset
 from ..files import write_atomic, write_json
-from ..opening import opened
+from ..opening import Opened, opened
 from ..pipeline.progress import Sayer
-from ..recipe import DataSpec, ModelSpec, Recipe, TuneSpec, check, dump, to_dict
+from ..recipe import ArmSpec, DataSpec, ModelSpec, Recipe, TuneSpec, check, dump, to_dict
+from ..report import write as write_page
 from ..types import Task
 from .budget import Budget
 from .probes import KEEPS, SCORED, Choice
 from .recommend import Option, best_of, recommend, sentence
 from .work import WAYS, Work
 from .writing import recipe_of
+
+CUT_WITH = ("lora", "full")  # methods of tuning that weights can be pruned with
+# of a tuning, what would change its time, memory or course, and is not measured
+UNMEASURED = ("target_modules", "freeze_attention", "fraction", "modes", "checkpointing")
 
 __all__ = ["Advice", "Budget", "Choice", "advise"]
 
@@ -103,8 +110,7 @@ def advise(
         >>> advise("minilm-l6", "movie-snippets", max_loss=0.5)  # doctest: +SKIP
     """
     limits, tune = Budget(time, memory, latency, max_loss), tune or TuneSpec()
-    if tune.method not in WAYS:
-        raise ValueError(f"tune.method={tune.method!r} is not advised on; give one of {', '.join(WAYS)}")
+    _check_tune(tune, limits)
     if metric not in ("accuracy", "balanced_accuracy"):
         raise ValueError(f"metric={metric!r} must be 'accuracy' or 'balanced_accuracy'")
     for keep in keeps:
@@ -115,9 +121,14 @@ def advise(
                 f"{name}={type(given).__name__} must be a name or a path, since a recipe is written that "
                 "names it; save it first: save_pretrained, save_to_disk"
             )
-    out = Path(out)
-    folder = out.with_suffix("") if out.suffix else out
-    out = out if out.suffix else out / "recipe.yaml"
+    folder, out = places(out)
+    data = DataSpec(str(dataset), test, split, test_split, limit, test_limit, label_column, max_length)
+    skeleton = Recipe(
+        name=_name(folder), model=ModelSpec(str(model), options or {}), data=data, arms=(ArmSpec("advised"),),
+        tune=tune, task=task, seed=seed, device=device, batch_size=batch_size,
+    )  # fmt: skip
+    check(skeleton, str(out))
+    test_examples = _test_examples(data, seed)
     say = Sayer(progress)
     say(f"opening {model} and {dataset}")
     reading = {"label_column": label_column, "max_length": max_length}
@@ -132,6 +143,7 @@ def advise(
         options=options,
         **reading,
     )
+    _check_labels(job)
     settings = {
         "model": str(model),
         "dataset": str(dataset),
@@ -145,9 +157,11 @@ def advise(
         "keeps": list(keeps),
         "choices": [asdict(c) for c in choices],
         "batch_size": batch_size,
+        "device": str(next(job.model.parameters()).device),
+        "data": fingerprint(job.dataset, job.examples.ids),
         **reading,
     }
-    _claim(folder, settings)
+    _claim(folder, out, settings)
     work = Work(job, folder, say, tune, reading, batch_size, seed, limits)
     probed = job.task != "causal-lm"
     if not probed:
@@ -162,22 +176,26 @@ def advise(
         work.pilots()
     work.ways()
     work.weights()
-    found, curve = work.outlooks(keeps, clean_test)
+    found, curve = work.outlooks(keeps, clean_test, test_examples)
     result = work.result(found, curve, {"train": f"{dataset}[{split}]", "model": str(model)}, metric)
     ways = [t for t in work.tunings if t.name.removesuffix(", checkpointing") == WAYS[tune.method]]
     if all(t.peak_bytes > limits.bytes for t in ways):
         ways = work.tunings
     by_share = [[o for o in found if o.keep == keep] for keep in sorted({o.keep for o in found})]
     picks = [pick for same in by_share for pick in best_of(same)]
-    cutting = [c for c in work.cuts if tune.method != "rows"] if limits.speed > 1 else []
+    cutting = work.cuts if limits.speed > 1 else []
     choosable = [
-        Option(o, way, cut, o.scoring + way.step_seconds * work.steps(o.examples))
+        Option(o, way, cut, o.scoring + work.tuning_seconds(way, o.examples))
         for o in picks
         for way in ways
-        for cut in [None, *cutting]
+        for cut in [None, *(cutting if way.method in CUT_WITH else [])]
     ]
+    out.unlink(missing_ok=True)  # of an earlier call
     write_json(folder / "result.json", result)  # what was found stays, whatever the budget says
-    ranked = recommend(choosable, limits, work.full_seconds)
+    write_page(folder)
+    if limits.speed > 1 and not cutting:
+        raise ValueError(f"latency={latency!r} cannot be kept: {work.why_not_cut}; leave it out")
+    ranked = recommend(choosable, limits, work.full_seconds, work.causal)
     best = ranked[0]
     runners_up: list[Option] = []
     for option in ranked[1:]:
@@ -186,47 +204,29 @@ def advise(
     random = max(
         (o for o in found if o.keep == best.outlook.keep and o.choice.by_chance), key=lambda o: o.value
     )
-    said = sentence(best, work.full_seconds, work.unit)
-    result["recommendation"] = {"sentence": said} | best.as_dict()
-    result["runners_up"] = [
-        o.as_dict() | {"sentence": sentence(o, work.full_seconds, work.unit)} for o in runners_up
-    ]
-    tested = _has_test(test or dataset, test_split)
-    if not tested:
+    first, *others = (
+        {"sentence": sentence(o, work.full_seconds, work.causal)} | o.as_dict(work.causal)
+        for o in (best, *runners_up)
+    )
+    result |= {"recommendation": first, "runners_up": others}
+    if test_examples is None:
         result["notes"].append(
-            f"No test examples were found ({test or dataset}[{test_split}]); the recipe evaluates nothing."
+            f"No test examples were found ({dataset}[{test_split}]); the recipe evaluates nothing."
         )
     recipe = recipe_of(
         best,
-        name=out.stem if out.stem[:1].isalnum() else "advised",
-        model=ModelSpec(str(model), options or {}),
-        data=DataSpec(
-            str(dataset),
-            test,
-            split,
-            test_split,
-            limit,
-            test_limit,
-            label_column,
-            max_length,
-        ),
-        tune=tune,
-        task=task,
-        seed=seed,
-        device=device,
-        batch_size=batch_size,
+        skeleton,
+        causal=work.causal,
         on_gpu=job.on_gpu,
         controls=random.choice if compare else None,
         same_metric=metric == "accuracy",
-        evaluate=tested,
+        evaluate=test_examples is not None,
     )
     check(recipe, str(out))
     result["recipe"] = to_dict(recipe)
     write_json(folder / "result.json", result)
     write_atomic(out, dump(recipe))
-    from ..report import write
-
-    write(folder)
+    write_page(folder)
     return Advice(result, recipe, folder)
 
 
@@ -234,17 +234,68 @@ def _differs(option: Option, other: Option) -> bool:
     return (option.outlook.keep, option.sparsity) != (other.outlook.keep, other.sparsity)
 
 
-def _has_test(source: Any, split: str) -> bool:
+def places(out: str | Path) -> tuple[Path, Path]:
+    """(folder of what is found, file of the recipe): `advice.yaml` and `advice`, or both in a folder."""
+    out = Path(out)
+    if out.suffix in (".yaml", ".yml"):
+        return out.with_suffix(""), out
+    return out, out / "recipe.yaml"
+
+
+def _name(folder: Path) -> str:
+    """Of the recipe: its runs do not go where the advice lies, by default."""
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", folder.name).lstrip("._-") or "advised"
+    return f"{name}-run" if (Path("runs") / name).resolve() == folder.resolve() else name
+
+
+def _check_tune(tune: TuneSpec, limits: Budget) -> None:
+    """Only what is measured is advised on."""
+    if tune.method not in WAYS:
+        raise ValueError(f"tune.method={tune.method!r} is not advised on; give one of {', '.join(WAYS)}")
+    plain = TuneSpec()
+    changed = [name for name in UNMEASURED if getattr(tune, name) != getattr(plain, name)]
+    if changed:
+        raise ValueError(
+            f"tune.{changed[0]}={getattr(tune, changed[0])!r} is not advised on; leave it at "
+            f"{getattr(plain, changed[0])!r}, and set it in the recipe"
+        )
+    if limits.speed > 1 and (tune.method not in CUT_WITH or tune.dropout):
+        what = "tune.dropout" if tune.dropout else "tune.method"
+        raise ValueError(
+            f"latency={limits.latency!r} is kept by cutting weights, which {what}="
+            f"{getattr(tune, what[5:])!r} does not allow; give method lora or full without dropout"
+        )
+
+
+def _check_labels(job: Opened) -> None:
+    """There is something to learn."""
+    if job.task == "classification" and len(job.classes) < 2:
+        raise ValueError(f"the examples have one class, {job.classes[0]!r}; two are needed to learn anything")
+    if job.task == "regression" and len(set(job.examples.labels() or [])) < 2:
+        raise ValueError("all targets are the same; there is nothing to learn")
+
+
+def _test_examples(data: DataSpec, seed: int) -> int | None:
+    """How many the recipe evaluates on; None where none were named and the data set has none."""
     try:
-        return len(open_dataset(source, split)) > 0
+        return len(open_dataset(data.test or data.train, data.test_split, limit=data.test_limit, seed=seed))
     except (ValueError, FileNotFoundError):
-        return False
+        if data.test is not None:
+            raise
+        return None
 
 
-def _claim(folder: Path, settings: dict[str, Any]) -> None:
+def _claim(folder: Path, out: Path, settings: dict[str, Any]) -> None:
     """The folder is for these settings: begun with them, or empty of work."""
     path = folder / "settings.json"
     text = json.dumps(settings, indent=1, sort_keys=True, default=list)
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise ValueError(f"{folder} holds the advice on something else; give another --out, or delete it")
+    if path.exists():
+        if path.read_text(encoding="utf-8") != text:
+            raise ValueError(
+                f"{folder} holds the advice on something else, or on data that have changed; give another "
+                "--out, or delete it"
+            )
+    elif out.exists() or (folder / "result.json").exists():
+        there = out if out.exists() else folder / "result.json"
+        raise ValueError(f"out={str(out)!r}: {there} exists and is no advice's; give another --out")
     write_atomic(path, text)

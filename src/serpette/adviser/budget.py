@@ -17,7 +17,8 @@ class Budget:
         time: a share of tuning with everything (`"0.3x"`), or a time (`"600s"`, `"10min"`, `"2h"`); of
             scoring, tuning and pruning together.
         memory: peak of a training step, `"8GiB"`, `"500MB"`.
-        latency: of the finished model to the unpruned one, `"0.6x"`.
+        latency: of the finished model to the unpruned one, `"0.6x"`, for batches of 1 or of 8, whichever
+            gains more.
         max_loss: points of the metric that may be lost to keeping everything (percentage points of accuracy,
             100 R^2; of a causal language model, hundredths of a nat). Without any limit it is 1.0.
 

@@ -8,9 +8,10 @@ rest is a linear least-squares problem. The band comes from fits to draws of the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.stats import t as student
 
 EXPONENTS = np.geomspace(0.1, 2.0, 30)
 DRAWS = 200
@@ -18,11 +19,17 @@ DRAWS = 200
 
 @dataclass(frozen=True)
 class Curve:
-    """Fits to draws of the trials: `ceiling`, `b` and `c` are (draws,); the first is that of the means."""
+    """Fits to draws of the trials: `ceiling`, `b` and `c` are (draws,); the first is that of the means.
+
+    The draws are `spread` times as far from the first; of what the curve moves beyond `seen` examples half
+    counts as an error.
+    """
 
     ceiling: np.ndarray
     b: np.ndarray
     c: np.ndarray
+    spread: float = 1.0
+    seen: float = np.inf
 
     def __call__(self, n: float) -> float:
         """The value at `n` examples."""
@@ -30,12 +37,36 @@ class Curve:
 
     def draws(self, n: float) -> np.ndarray:
         """(draws,) what the resampled fits say at `n` examples."""
-        return self.ceiling - self.b * n**-self.c
+        found = self.ceiling - self.b * n**-self.c
+        return found[0] + self.spread * (found - found[0])
 
-    def band(self, n: float, level: float = 0.95) -> tuple[float, float, float]:
-        """Value and interval at `n` examples."""
-        low, high = np.quantile(self.draws(n), [(1 - level) / 2, (1 + level) / 2])
-        return self(n), float(min(low, self(n))), float(max(high, self(n)))
+    def band(self, n: float) -> tuple[float, float, float]:
+        """Value and 95 % interval at `n` examples."""
+        return self._interval(self(n), self.draws(n), self._beyond(n))
+
+    def loss(self, n: float, total: float) -> tuple[float, float, float]:
+        """What `n` examples lose to `total`, with its 95 % interval."""
+        lost = self.draws(total) - self.draws(n)
+        return self._interval(float(lost[0]), lost, self._beyond(total) - self._beyond(n))
+
+    def cautious(self, trials: int, seen: float) -> Curve:
+        """With the intervals that so few `trials`, of up to `seen` examples, allow.
+
+        Means of J trials drawn from J are closer together than means of J new ones, by sqrt((J - 1) / J), and
+        their spread is itself an estimate: Student's t in place of the normal distribution.
+        """
+        far = float(student.ppf(0.975, trials - 1) / 1.96 * np.sqrt(trials / (trials - 1)))
+        return replace(self, spread=far, seen=seen)
+
+    def _beyond(self, n: float) -> float:
+        return self(n) - self(self.seen) if n > self.seen else 0.0
+
+    @staticmethod
+    def _interval(value: float, draws: np.ndarray, beyond: float) -> tuple[float, float, float]:
+        low, high = np.quantile(draws, [0.025, 0.975])
+        move = 1.96 * beyond / 2
+        below, above = (np.hypot(max(0.0, x), move) for x in (value - low, high - value))
+        return value, float(value - below), float(value + above)
 
 
 def fit(sizes: np.ndarray, values: np.ndarray, ceiling: float = np.inf, seed: int = 0) -> Curve:

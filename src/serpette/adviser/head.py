@@ -82,27 +82,58 @@ def whitened(x_ND: Tensor, components: int = 192) -> Tensor:
     return z_ND @ axes_DD[:, -components:].flip(1).float()
 
 
-def folds_of(ids: np.ndarray, labels: Tensor | None, folds: int, seed: int) -> Tensor:
+def folds_of(
+    ids: np.ndarray, labels: Tensor | None, folds: int, seed: int, groups: Tensor | None = None
+) -> Tensor:
     """(N,) int64, the fold of each example: of each class about the same number in each fold.
 
-    Follows from ids and seed, not from the order of the examples. `labels`: None without classes.
+    Follows from ids and seed, not from the order of the examples.
+
+    Args:
+        labels: None without classes.
+        groups: (N,) int64, see `health.near_groups`: those of a group share a fold, so that no head judges a
+            duplicate of what it was fitted on; a group larger than a fold is dealt like other examples.
     """
     order = uniform_of(ids, seed).argsort()
     if labels is not None:
         order = order[labels[order].argsort(stable=True)]
     fold_N = torch.empty(len(order), dtype=torch.long)
-    fold_N[order] = torch.arange(len(order)) % folds
+    if groups is None or len(groups.unique()) == len(groups):
+        fold_N[order] = torch.arange(len(order)) % folds
+        return fold_N
+    members: dict[int, list[int]] = {}
+    for n, group in zip(order.tolist(), groups[order].tolist(), strict=True):
+        members.setdefault(group, []).append(n)
+    filled = np.zeros((1 if labels is None else int(labels.max()) + 1, folds))
+    units = [part for group in members.values() for part in _parts(group, len(order) // folds)]
+    for group in sorted(units, key=len, reverse=True):  # the largest first, to the emptiest fold
+        own = filled[0 if labels is None else labels[group[0]]]
+        fold = int(np.lexsort((filled.sum(0), own))[0])
+        own[fold] += len(group)
+        fold_N[group] = fold
     return fold_N
 
 
-def choose_penalty(x_ND: Tensor, y_N: Tensor, num_classes: int, ids: np.ndarray, seed: int = 0) -> float:
+def _parts(group: list[int], most: int) -> list[list[int]]:
+    """The group; one that is larger than a fold, example by example."""
+    return [group] if len(group) <= most else [[n] for n in group]
+
+
+def choose_penalty(
+    x_ND: Tensor,
+    y_N: Tensor,
+    num_classes: int,
+    ids: np.ndarray,
+    seed: int = 0,
+    groups: Tensor | None = None,
+) -> float:
     """The one of `PENALTIES` that serves held-out fifths best; a tie goes to the stronger.
 
     Small sets are split several times, until about 300 examples have been held out: one small split says
     little.
     """
     splits = min(5, -(-300 // max(1, len(x_ND) // 5)))
-    fold_N = folds_of(ids, y_N if num_classes else None, 5, seed)
+    fold_N = folds_of(ids, y_N if num_classes else None, 5, seed, groups)
     found = dict.fromkeys(PENALTIES, 0.0)
     for held in [fold_N == fold for fold in range(splits)]:
         for penalty in PENALTIES:
@@ -123,6 +154,7 @@ def cross_fitted(
     seed: int = 0,
     ids: np.ndarray | None = None,
     penalty: float | None = None,
+    groups: Tensor | None = None,
 ) -> Tensor:
     """(N, C) float32 outputs of each example by a head that has not seen it.
 
@@ -130,11 +162,12 @@ def cross_fitted(
         x_ND: raw features; they are standardised.
         folds: 5: a head sees four fifths, near enough to all, for five fits.
         penalty: None: chosen on held-out examples.
+        groups: duplicates, as for `folds_of`.
     """
     ids = np.array([str(i) for i in range(len(x_ND))]) if ids is None else ids
     x_ND = whitened(x_ND)
-    penalty = choose_penalty(x_ND, y_N, num_classes, ids, seed) if penalty is None else penalty
-    fold_N = folds_of(ids, y_N if num_classes else None, folds, seed)
+    penalty = choose_penalty(x_ND, y_N, num_classes, ids, seed, groups) if penalty is None else penalty
+    fold_N = folds_of(ids, y_N if num_classes else None, folds, seed, groups)
     outputs = torch.empty(len(x_ND), max(1, num_classes))
     for fold in range(folds):
         held = fold_N == fold

@@ -17,12 +17,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from ..types import Signals
 
 SIMILARITY = 0.98  # cosine of centred features, from which on two examples are near duplicates
 SAME = 0.9999  # from which on it is looked whether their inputs are equal
+PAIRS = 2**22  # that are looked at at once
 SHOWN = 20  # suspects, outliers and groups that are listed
 NEIGHBOURS = 5
 FAR = 6.0  # median absolute deviations above the median distance
@@ -34,19 +37,18 @@ def examine(
     signals: Signals,
     outputs: Tensor | None,
     class_names: list[str],
-    equal: Callable[[int, int], bool],
+    digest: Callable[[int], bytes],
 ) -> dict[str, Any]:
     """The health of N observed examples, as in `result.json`.
 
     Args:
         signals: ids, embeddings, and labels where the task has them.
         outputs: (N, C) cross-fitted logits, see `cross_fitted`; None without classes.
-        equal: whether the inputs of two positions are equal, bit for bit.
+        digest: of the inputs at a position; equal where these are equal bit for bit.
     """
     z_ND = signals.require("embeddings", "advise").float()
     z_ND = z_ND - z_ND.mean(0)
-    unit_ND = z_ND / z_ND.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    exact, near = duplicates(unit_ND, equal)
+    exact, near = duplicates(z_ND, digest)
     found: dict[str, Any] = {
         "exact_duplicates": listed(exact, signals.ids),
         "near_duplicates": listed(near, signals.ids) | {"similarity": SIMILARITY},
@@ -75,15 +77,16 @@ def wrong_labels(logits_NC: Tensor, y_N: Tensor, ids: np.ndarray, class_names: l
     C = logits_NC.shape[1]
     if C < 2:
         return {"share": 0.0, "low": 0.0, "high": 0.0, "suspects": []}
-    likelihood = np.empty((len(TEMPERATURES), len(SHARES)))
+    shares = SHARES[SHARES < (C - 1) / C]  # with more the labels would tell what an example is not
+    likelihood = np.empty((len(TEMPERATURES), len(shares)))
     for i, t in enumerate(TEMPERATURES):
         p_N = torch.softmax(logits_NC.double() * t, 1).gather(1, y_N[:, None])[:, 0].numpy()
-        for j, e in enumerate(SHARES):
+        for j, e in enumerate(shares):
             likelihood[i, j] = np.log(np.maximum((1 - e) * p_N + e / (C - 1) * (1 - p_N), 1e-12)).sum()
     i, j = np.unravel_index(likelihood.argmax(), likelihood.shape)
     profile = likelihood.max(0)
-    within = SHARES[profile > profile.max() - 1.92]
-    e = float(SHARES[j])
+    within = shares[profile > profile.max() - 1.92]
+    e = float(shares[j])
     p_NC = torch.softmax(logits_NC.double() * TEMPERATURES[i], 1)
     p_N = p_NC.gather(1, y_N[:, None])[:, 0]
     wrong_N = e / (C - 1) * (1 - p_N)
@@ -107,43 +110,60 @@ def wrong_labels(logits_NC: Tensor, y_N: Tensor, ids: np.ndarray, class_names: l
     }
 
 
-def duplicates(unit_ND: Tensor, equal: Callable[[int, int], bool]) -> tuple[list[list[int]], list[list[int]]]:
+def near_groups(z_ND: Tensor) -> Tensor:
+    """(N,) int64, the group of near duplicates of each example; numbered as their first examples come.
+
+    Two examples are in one group if a chain of examples joins them, each of which has a cosine of SIMILARITY
+    or more to the next; an example without near duplicates is a group of its own.
+
+    Args:
+        z_ND: features as they are; their cosine is taken around their mean.
+
+    Example:
+        >>> near_groups(torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.1, 0.0], [-9.0, -9.0]])).tolist()
+        [0, 1, 0, 2]
+    """
+    return _near(z_ND)[0]
+
+
+def duplicates(z_ND: Tensor, digest: Callable[[int], bytes]) -> tuple[list[list[int]], list[list[int]]]:
     """Groups of positions whose inputs are equal, and groups that are nearly equal but not all so.
 
     Args:
-        unit_ND: centred features of length 1.
+        z_ND: features as they are.
+        digest: see `examine`; taken once at most of each position, where the features are those of another.
     """
-    N = len(unit_ND)
-    same, near = list(range(N)), list(range(N))
-    for start in range(0, N, 1024):
-        cosine = unit_ND[start : start + 1024] @ unit_ND.T
-        rows, columns = (cosine > SIMILARITY).nonzero(as_tuple=True)
-        for row, column in zip((rows + start).tolist(), columns.tolist(), strict=True):
-            if row < column:
-                _join(near, row, column)
-                if cosine[row - start, column] > SAME and _root(same, row) != _root(same, column):
-                    if equal(row, column):
-                        _join(same, row, column)
-    exact = _by_root(same)
-    alike = [group for group in _by_root(near) if len({_root(same, n) for n in group}) > 1]
+    group_N, has_twin_N = _near(z_ND)
+    by_digest: dict[bytes, list[int]] = {}
+    for n in has_twin_N.nonzero()[:, 0].tolist():
+        by_digest.setdefault(digest(n), []).append(n)
+    exact = as_groups(by_digest.values())
+    first = {n: group[0] for group in exact for n in group}
+    near: dict[int, list[int]] = {}
+    for n, number in enumerate(group_N.tolist()):
+        near.setdefault(number, []).append(n)
+    alike = [group for group in as_groups(near.values()) if len({first.get(n, n) for n in group}) > 1]
     return exact, alike
 
 
-def _root(parents: list[int], n: int) -> int:
-    while parents[n] != n:
-        parents[n] = n = parents[parents[n]]
-    return n
-
-
-def _join(parents: list[int], a: int, b: int) -> None:
-    parents[max(_root(parents, a), _root(parents, b))] = min(_root(parents, a), _root(parents, b))
-
-
-def _by_root(parents: list[int]) -> list[list[int]]:
-    groups: dict[int, list[int]] = {}
-    for n in range(len(parents)):
-        groups.setdefault(_root(parents, n), []).append(n)
-    return as_groups(groups.values())
+def _near(z_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """What `near_groups` returns, and (N,) whether another example has a cosine of SAME or more."""
+    z_ND = z_ND.float() - z_ND.float().mean(0)
+    unit_ND = z_ND / z_ND.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    N = len(unit_ND)
+    group_N, has_twin_N = torch.arange(N), torch.zeros(N, dtype=torch.bool)
+    for here in torch.arange(N).split(max(1, PAIRS // max(N, 1))):
+        cosine = unit_ND[here] @ unit_ND.T
+        cosine[torch.arange(len(here)), here] = -1  # not to itself
+        has_twin_N[here] = (cosine >= SAME).any(1)
+        new = (cosine >= SIMILARITY) & (group_N[here, None] != group_N)
+        rows, columns = new.nonzero(as_tuple=True)
+        if len(rows):
+            ends = group_N[here[rows]].numpy(), group_N[columns].numpy()
+            graph = coo_array((np.ones(len(rows)), ends), shape=(N, N))
+            group_N = torch.from_numpy(connected_components(graph, directed=False)[1]).long()[group_N]
+    _, first, number_N = np.unique(group_N.numpy(), return_index=True, return_inverse=True)
+    return torch.from_numpy(first.argsort().argsort()[number_N]), has_twin_N
 
 
 def as_groups(groups: Iterable[list[int]]) -> list[list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..data.sources import open_dataset
 from ..opening import Opened
 from ..types import uniform_of
 from .head import cross_fitted
-from .health import as_groups, examine, listed
+from .health import as_groups, examine, listed, near_groups
 
 LEAST = 200  # examples: with fewer a probe says nothing
 
@@ -97,16 +98,24 @@ def health_of(found: Observation, examples: Examples, classes: list[str], seed: 
     """Of the observed examples, see `health.examine`; with those that could not be read."""
     signals, rows = found.signals, found.rows.tolist()
 
-    def equal(a: int, b: int) -> bool:
-        first, second = (examples.read([rows[n]])[1] for n in (a, b))
-        return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+    def digest(n: int) -> bytes:
+        found = hashlib.sha256()
+        for name, value in sorted(examples.read([rows[n]])[1].items()):
+            found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            found.update(value.reshape(-1).view(torch.uint8).numpy())
+        return found.digest()
 
     outputs = None
     if signals.num_classes > 1 and signals.embeddings is not None and signals.labels is not None:
         outputs = cross_fitted(
-            signals.embeddings, signals.labels, signals.num_classes, seed=seed, ids=signals.ids
+            signals.embeddings,
+            signals.labels,
+            signals.num_classes,
+            seed=seed,
+            ids=signals.ids,
+            groups=near_groups(signals.embeddings),
         )
-    health = examine(signals, outputs, classes, equal)
+    health = examine(signals, outputs, classes, digest)
     return health | {"set_aside": _set_aside(found.set_aside)}
 
 

@@ -81,7 +81,7 @@ def learning_curve(
             values[place, repeat] = -100 * float(losses[:, 0].double().mean())
             if file is not None:
                 write_json(file, {"value": values[place, repeat]})
-    return fit(np.array(sizes, float), values), values
+    return fit(np.array(sizes, float), values, ceiling=0.0), values
 
 
 def beside_a_head(
@@ -93,6 +93,7 @@ def beside_a_head(
     tune: TuneSpec,
     *,
     metric: str,
+    groups: torch.Tensor | None = None,
     batch_size: int = 8,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -101,13 +102,20 @@ def beside_a_head(
     Args:
         rows: (N,) places of `signals` in `examples`.
         signals: of N examples, with embeddings and labels.
+        groups: (N,) of duplicates, which are not on both sides.
     """
     labels, C = signals.require("labels", "advise"), signals.num_classes
-    fold_N = folds_of(signals.ids, labels if C else None, len(signals) // size, seed)
+    fold_N = folds_of(signals.ids, labels if C else None, len(signals) // size, seed, groups)
     pool, mixed = (fold_N == 0).nonzero()[:, 0], uniform_of(signals.ids, seed).argsort()
     judges = mixed[fold_N[mixed] != 0][:JUDGES]
     x_ND = whitened(signals.require("embeddings", "advise"))
-    penalty = choose_penalty(x_ND[pool], labels[pool], C, signals.ids[pool.numpy()])
+    penalty = choose_penalty(
+        x_ND[pool],
+        labels[pool],
+        C,
+        signals.ids[pool.numpy()],
+        groups=None if groups is None else groups[pool],
+    )
     W, b = fit_head(x_ND[pool], labels[pool], C, penalty)
     outputs = tuned_outputs(
         model,

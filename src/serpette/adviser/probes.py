@@ -2,7 +2,9 @@
 
 The observed examples are dealt into K folds, several times. Of all folds but one a choice keeps its share, a
 head is fitted on what it keeps, and the fold that was left out judges it: nothing is scored, chosen or fitted
-on the examples that judge. Every choice sees the same folds, so that differences are paired.
+on the examples that judge, nor on duplicates of them. Two things are the same in all trials: the axes of the
+features, which know no labels, and the penalties of the heads, which the first pool chooses. Every choice
+sees the same folds, so that differences are paired.
 
 Letters: N examples, D features, C classes, K folds, J = K x repeats trials.
 """
@@ -123,6 +125,7 @@ def measure(
     keeps: Sequence[float] = KEEPS,
     *,
     features: Tensor | None = None,
+    groups: Tensor | None = None,
     metric: str = "accuracy",
     folds: int = 5,
     repeats: int = 2,
@@ -137,6 +140,7 @@ def measure(
         signals: of the observed examples, with embeddings and labels.
         keeps: shares in (0, 1); those that leave a class without an example are left out.
         features: (N, D) what the heads see; default: the embeddings, standardised, 192 components.
+        groups: (N,) int64 of duplicates, which share a fold, see `folds_of`.
         metric: `"accuracy"`, `"balanced_accuracy"` (mean over the classes) or `"r2"`.
         folder: where finished trials are kept, so that a killed measurement goes on.
         go_on: asked before each trial after the first `folds`; False ends with those that are there.
@@ -157,18 +161,26 @@ def measure(
     trials: list[dict[str, float]] = []
     for trial in range(folds * repeats):
         repeat, number = divmod(trial, folds)
-        if repeat and not go_on():
-            break
         file = folder / f"{trial:03d}.json" if folder else None
         if file is not None and file.exists():
             trials.append(json.loads(file.read_text(encoding="utf-8")))
             advance()
             continue
-        fold_N = folds_of(signals.ids, classes, folds, 1000 * seed + repeat)
+        if repeat and not go_on():
+            break
+        fold_N = folds_of(signals.ids, classes, folds, 1000 * seed + repeat, groups)
         pool, held = (fold_N != number).nonzero()[:, 0], (fold_N == number).nonzero()[:, 0]
         if not penalties:  # of the first pool, also where its trial was done before
-            first = (folds_of(signals.ids, classes, folds, 1000 * seed) != 0).nonzero()[:, 0]
-            penalties = _penalties(x_ND[first], labels[first], C, signals.ids[first.numpy()], keeps, seed)
+            first = (folds_of(signals.ids, classes, folds, 1000 * seed, groups) != 0).nonzero()[:, 0]
+            penalties = _penalties(
+                x_ND[first],
+                labels[first],
+                C,
+                signals.ids[first.numpy()],
+                keeps,
+                seed,
+                None if groups is None else groups[first],
+            )
         judged = (x_ND[held], labels[held], C, metric)
         found = {_key(RANDOM.name, 1.0): head_quality(x_ND[pool], labels[pool], penalties[1.0], *judged)}
         sub = signals.subset(pool)
@@ -218,7 +230,13 @@ def scores_of(signals: Signals, choices: Sequence[Choice]) -> tuple[dict[str, Te
 
 
 def _penalties(
-    x_ND: Tensor, y_N: Tensor, C: int, ids: np.ndarray, keeps: Sequence[float], seed: int
+    x_ND: Tensor,
+    y_N: Tensor,
+    C: int,
+    ids: np.ndarray,
+    keeps: Sequence[float],
+    seed: int,
+    groups: Tensor | None,
 ) -> dict[float, float]:
     """{keep: penalty}, each from one stratified random subset of that size, so that it favours no choice."""
     generator, found = torch.Generator().manual_seed(seed), {}
@@ -228,7 +246,8 @@ def _penalties(
             selectors.make("random"), torch.zeros(len(x_ND)), k,
             labels=y_N if C else None, per_class=bool(C), generator=generator,
         )  # fmt: skip
-        found[keep] = choose_penalty(x_ND[picks], y_N[picks], C, ids[picks.numpy()], seed)
+        kept = None if groups is None else groups[picks]
+        found[keep] = choose_penalty(x_ND[picks], y_N[picks], C, ids[picks.numpy()], seed, kept)
     return found
 
 

@@ -15,6 +15,7 @@ from .budget import Budget
 from .curve import Curve, fit
 from .probes import RANDOM, Choice, Measured
 
+NATS = 0.01  # that a point is, where the metric of a causal language model is counted in hundredths of a nat
 SURE = 0.7  # how likely a score must be above chance, and the loss within its limit, to be advised
 
 
@@ -57,6 +58,16 @@ class Noise:
     classes: int
 
     @property
+    def identified(self) -> bool:
+        """Whether the share is known well enough to count with: its 95 % interval is no wider than 30 %."""
+        return self.error < 0.3 / 3.92 and self.share + self.error < self._most
+
+    @property
+    def _most(self) -> float:
+        """With this share of wrong labels nothing can be learned."""
+        return (self.classes - 1) / self.classes
+
+    @property
     def scale(self) -> float:
         return 1 / (1 - self.share * self.classes / (self.classes - 1))
 
@@ -76,8 +87,9 @@ class Noise:
 class Behind:
     """How far the tuned model is behind a head that is fitted to the end: `points` at `examples`.
 
-    At n examples it is points x examples / n, as the steps of a tuning grow with them; half of that counts as
-    an error, beside `error`, the standard error of the points. Where the tuned model was no better than
+    At n examples it is points x examples / n, as the steps of a tuning grow with them, but no more than what
+    the head is above `trivial`; half of that counts as an error, beside `error`, the standard error of the
+    points. Where the tuned model was no better than
     `trivial`, what the best constant answer reaches, it had not `learned` anything yet: when it does is not
     known, so a loss may be anything up to half of what there is to learn.
     """
@@ -88,15 +100,16 @@ class Behind:
     trivial: float = 0.0
     learned: bool = True
 
-    def at(self, n: int) -> float:
-        """Points at n examples, 0 at least."""
-        return max(0.0, self.points) * self.examples / n
+    def at(self, n: int, head: float) -> float:
+        """Points at n examples, where the head reaches `head`; 0 at least."""
+        most = max(0.0, head - self.trivial)
+        return min(max(0.0, self.points) * self.examples / n, most)
 
-    def uncertainty(self, n: int) -> float:
-        """Standard error of `at(n)`."""
+    def uncertainty(self, n: int, head: float) -> float:
+        """Standard error of `at(n, head)`."""
         if not self.learned:
             return (100 - self.trivial) / 2 / 1.96
-        return float(np.hypot(self.at(n) / 2, self.error * self.examples / n))
+        return float(np.hypot(self.at(n, head) / 2, self.error * self.examples / n))
 
 
 def curve_of(measured: Measured, reference: Choice, ceiling: float = 100.0) -> Curve | None:
@@ -159,12 +172,13 @@ def outlooks(
                 )
             loss = float(lost.mean())
             if behind is not None:
-                n, more = counting.count(total, keep), scale * behind.at(total)
-                value -= scale * behind.at(n)
-                spread = np.hypot(spread, scale * behind.uncertainty(n))
+                n = counting.count(total, keep)
+                less, unsure = (scale * f(n, float(mean)) for f in (behind.at, behind.uncertainty))
+                value -= less
+                spread = np.hypot(spread, unsure)
                 if keep < 1:
-                    loss += scale * behind.at(n) - more
-                    lost_error = float(np.hypot(lost_error, scale * behind.uncertainty(n)))
+                    loss += less - scale * behind.at(total, float(measured.whole.mean() + moved(1.0)))
+                    lost_error = float(np.hypot(lost_error, unsure))
             found.append(
                 Outlook(
                     choice, keep, counting.count(total, keep),
@@ -217,24 +231,25 @@ class Option:
         """What the loss is at most, seven times in ten: an unsure option is no good one."""
         return float(self.loss + norm.ppf(SURE) * (self.interval[1] - self.loss) / 1.96)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self, causal: bool = False) -> dict[str, Any]:
         """For result.json."""
+        point = NATS if causal else 1.0
         low, high = self.interval
         return {
-            "choice": choice_dict(self.outlook),
+            "choice": choice_dict(self.outlook, causal),
             "tuning": asdict(self.tuning),
             "sparsity": self.sparsity,
-            "loss": self.loss,
-            "low": low,
-            "high": high,
+            "loss": point * self.loss,
+            "low": point * low,
+            "high": point * high,
             "seconds": self.seconds,
             "peak_bytes": self.tuning.peak_bytes,
             "speedup": self.speedup,
         }
 
 
-def choice_dict(o: Outlook) -> dict[str, Any]:
-    """An outlook for result.json."""
+def choice_dict(o: Outlook, causal: bool = False) -> dict[str, Any]:
+    """An outlook for result.json; of a causal language model in nats, of which less is better."""
     chosen = {
         "name": o.choice.name,
         "scorer": o.choice.scorer,
@@ -247,10 +262,15 @@ def choice_dict(o: Outlook) -> dict[str, Any]:
         k: getattr(o, k)
         for k in ("keep", "examples", "value", "low", "high", "loss", "loss_low", "loss_high", "to_random")
     }
+    if causal:
+        numbers |= {k: NATS * numbers[k] for k in ("loss", "loss_low", "loss_high")}
+        numbers |= {"value": -NATS * o.value, "low": -NATS * o.high, "high": -NATS * o.low}
     return chosen | {"select_options": o.choice.select_options if o.keep < 1 else {}} | numbers
 
 
-def recommend(options: Sequence[Option], limits: Budget, full_seconds: float) -> list[Option]:
+def recommend(
+    options: Sequence[Option], limits: Budget, full_seconds: float, causal: bool = False
+) -> list[Option]:
     """The options that fit, best first: the least time where the loss alone is limited, else the least loss.
 
     A loss is what it is at most seven times in ten: of two that are alike the surer one comes first.
@@ -269,14 +289,14 @@ def recommend(options: Sequence[Option], limits: Budget, full_seconds: float) ->
     for name, fits in tests.items():
         kept = [o for o in left if fits(o)]
         if not kept:
-            raise ValueError(_impossible(name, left, limits, full_seconds))
+            raise ValueError(_impossible(name, left, limits, full_seconds, causal))
         left = kept
     if limits.max_loss is not None and limits.time is None:
         return sorted(left, key=lambda o: (o.seconds, o.loss))
     return sorted(left, key=lambda o: (round(o.likely_loss, 1), o.seconds))
 
 
-def _impossible(name: str, left: Sequence[Option], limits: Budget, full_seconds: float) -> str:
+def _impossible(name: str, left: Sequence[Option], limits: Budget, full_seconds: float, causal: bool) -> str:
     before = [k for k in ("memory", "latency", "time") if getattr(limits, k) is not None and k != name]
     with_them = (
         f" with {' and '.join(f'{k}={getattr(limits, k)}' for k in before)}"
@@ -305,14 +325,21 @@ def _impossible(name: str, left: Sequence[Option], limits: Budget, full_seconds:
     least = min(left, key=lambda o: o.interval[1])
     return (
         f"max_loss={limits.max_loss} cannot be promised{with_them}: the best option is predicted to lose "
-        f"{least.loss:.1f} points ({least.interval[0]:.1f} to {least.interval[1]:.1f}); "
+        f"{loss_words(least, causal)}; "
         "give more time, or a larger max_loss"
     )
 
 
-def sentence(option: Option, full_seconds: float, unit: str) -> str:
+def loss_words(option: Option, causal: bool) -> str:
+    """`2.1 points (0.3 to 3.9)`, or `0.136 nats (0.020 to 0.250)`."""
+    point, digits, unit = (NATS, 3, "nats") if causal else (1.0, 1, "points")
+    loss, low, high = (f"{point * x:.{digits}f}" for x in (option.loss, *option.interval))
+    return f"{loss} {unit} ({low} to {high})"
+
+
+def sentence(option: Option, full_seconds: float, causal: bool) -> str:
     """What an option means, in one sentence."""
-    o, (low, high) = option.outlook, option.interval
+    o = option.outlook
     cost = f"{seconds_words(option.seconds)}, {option.seconds / full_seconds:.2f} of the full run"
     way = option.tuning.name
     cut = f", and cut {option.sparsity:.0%} of the heads and channels" if option.cut else ""
@@ -335,9 +362,9 @@ def sentence(option: Option, full_seconds: float, unit: str) -> str:
         assert o.to_random is not None
         start = (
             f"Tune {way} on the {o.keep:.0%}, {o.examples:,} examples, that {o.choice.name} chooses "
-            f"({o.to_random[0]:+.1f} {unit} to a balanced random choice)"
+            f"({o.to_random[0]:+.1f} points to a balanced random choice)"
         )
-    return f"{start}{cut}: predicted to lose {option.loss:.1f} {unit} ({low:.1f} to {high:.1f}) in {cost}."
+    return f"{start}{cut}: predicted to lose {loss_words(option, causal)} in {cost}."
 
 
 def seconds_words(seconds: float) -> str:

@@ -19,11 +19,13 @@ from ..files import write_json
 from ..opening import Opened
 from ..pipeline.progress import Sayer
 from ..recipe import TuneSpec
+from ..types import uniform_of
 from . import observing, pilot
 from .budget import Budget
 from .curve import Curve
+from .health import near_groups
 from .probes import RANDOM, Choice, Measured, choices_for, measure
-from .recommend import Behind, Noise, Outlook, choice_dict, curve_of, outlooks
+from .recommend import NATS, Behind, Noise, Outlook, choice_dict, curve_of, outlooks
 from .tuning import Tuning, tunings
 from .weights import cuts, outputs_of, predicted_losses, sensitivities
 
@@ -62,8 +64,10 @@ class Work:
         self.health: dict[str, Any] = {}
         self.behind: Behind | None = None
         self.cuts: list[Any] = []
+        self.why_not_cut = "no share of the weights was measured"
         self.layers: list[dict[str, Any]] = []
-        self.unit = "hundredths of a nat" if job.task == "causal-lm" else "points"
+        self.causal = job.task == "causal-lm"
+        self.groups: torch.Tensor | None = None  # of duplicates
 
     def steps(self, examples: int) -> int:
         """Of tuning on so many."""
@@ -87,7 +91,11 @@ class Work:
     @property
     def full_seconds(self) -> float:
         """Of tuning on all examples."""
-        return self.steps(self.total) * self.tunings[0].step_seconds
+        return self.tuning_seconds(self.tunings[0], self.total)
+
+    def tuning_seconds(self, way: Tuning, examples: int) -> float:
+        """Of tuning on so many, with the reading of each batch."""
+        return self.steps(examples) * (way.step_seconds + self.reading_seconds)
 
     def read(self) -> None:
         """The examples of a language model, without the model: which can be read, and which are equal."""
@@ -114,26 +122,31 @@ class Work:
 
         def work() -> dict[str, Any]:
             rows, batch = self._batch()
-            per_example = observing.example_seconds(self.job, rows[: min(self.batch_size, 16)])
+            start = time.perf_counter()
+            self.job.examples.read(rows)
+            reading = time.perf_counter() - start
+            few = rows[: 2 if self.causal else min(self.batch_size, 16)]  # logits of all words are large
+            per_example = observing.example_seconds(self.job, few)
             base = tunings(self.job.model, batch, rank=self.tune.rank, ways=[WAYS[self.tune.method]])
-            return {"example_seconds": per_example, "tuning": asdict(base[0])}
+            return {"example_seconds": per_example, "reading_seconds": reading, "tuning": asdict(base[0])}
 
         found = self.kept("tuning", "step", work)
-        self.example_seconds = found["example_seconds"]
+        self.example_seconds, self.reading_seconds = found["example_seconds"], found["reading_seconds"]
         self.tunings = [Tuning(**found["tuning"])]
 
     def _batch(self) -> tuple[list[int], dict[str, torch.Tensor]]:
-        """Rows of the first examples that can be read, and a batch of them as they are tuned with."""
-        size, task = self.tune.batch_size, self.job.task
-        if task == "causal-lm":
+        """Rows of examples that can be read, drawn at random, and a batch of them as they are tuned with."""
+        size, examples = self.tune.batch_size, self.job.examples
+        if self.causal:
             rows = self.readable.rows[:size]
-            return rows, self.job.examples.read(rows)[1]
-        good, inputs, labels, bad = self.job.examples.read(range(min(2 * size, len(self.job.dataset))))
+            return rows, examples.read(rows)[1]
+        drawn = uniform_of(examples.ids, self.seed).argsort()[: 2 * size].tolist()
+        good, inputs, labels, bad = examples.read(drawn)
         if not good:
             name, reason = next(iter(bad.items()))
-            raise ValueError(f"none of the first {len(bad)} examples could be read; {name!r}: {reason}")
+            raise ValueError(f"none of {len(bad)} examples could be read; {name!r}: {reason}")
         inputs = {name: value[:size] for name, value in inputs.items()}
-        kind = torch.float32 if task == "regression" else torch.long
+        kind = torch.float32 if self.job.task == "regression" else torch.long
         return good[:size], {**inputs, "labels": torch.tensor(labels[:size], dtype=kind)}
 
     def observe(self) -> None:
@@ -164,6 +177,8 @@ class Work:
             lambda: observing.health_of(self.observation, self.examples, self.job.classes, self.seed),
         )
         self._judge_health(health, len(self.observation.rows))
+        if (embeddings := self.observation.signals.embeddings) is not None:
+            self.groups = near_groups(embeddings)
 
     def probe(self, choices: Sequence[Choice], keeps: Sequence[float], metric: str) -> None:
         """The choices, in as many trials as fit: five at least."""
@@ -181,12 +196,13 @@ class Work:
             nonlocal done
             done += 1
             write_json(file, {"seconds": spent()})
-            self.say.step(done, 2 * FOLDS)
+            self.say.step(done, 2 * FOLDS, "probing")
 
         self.measured = measure(
             signals,
             tried,
             keeps,
+            groups=self.groups,
             metric=metric,
             folds=FOLDS,
             repeats=2,
@@ -195,6 +211,7 @@ class Work:
             go_on=lambda: spent() < self.allowed("probes"),
             advance=advance,
         )
+        self.say.done()
         self.seconds["probes"] = json.loads(file.read_text(encoding="utf-8"))["seconds"]
 
     def pilot(self, metric: str) -> None:
@@ -213,6 +230,7 @@ class Work:
                 size,
                 self.tune,
                 metric=metric,
+                groups=self.groups,
                 batch_size=self.batch_size,
                 seed=self.seed,
             )
@@ -246,12 +264,13 @@ class Work:
             return {
                 "sizes": sizes,
                 "values": values.tolist(),
-                "curve": {k: v.tolist() for k, v in asdict(curve).items()},
+                "curve": {k: v.tolist() for k, v in asdict(curve).items() if k in ("ceiling", "b", "c")},
             }
 
         found = self.kept("probes", "pilots", work)
         self.pilot_sizes, self.pilot_values = found["sizes"], np.array(found["values"])
-        self.curve = Curve(**{k: np.array(v) for k, v in found["curve"].items()})
+        fits = Curve(**{k: np.array(v) for k, v in found["curve"].items()})
+        self.curve = fits.cautious(pilot.REPEATS, self.pilot_sizes[-1])
 
     def ways(self) -> None:
         """Memory and time of the ways to tune, where there is time or a limit that asks for it."""
@@ -276,8 +295,9 @@ class Work:
     def weights(self) -> None:
         """What cutting heads and channels would do, where there is time or a limit of the latency."""
         task = self.job.task
-        rows = torch.tensor(self.readable.rows) if task == "causal-lm" else self.observation.rows
-        n = min(CUT_EXAMPLES.get(task, 400), len(rows))
+        ids = self.readable.ids if self.causal else self.observation.signals.ids
+        order = uniform_of(ids, self.seed).argsort()[: CUT_EXAMPLES.get(task, 400)]
+        n = len(order)
         seconds = self.allowed("weights")
         if self.limits.latency is not None:  # then all shares must be looked at
             seconds = max(seconds, CUT_SECONDS)
@@ -287,11 +307,12 @@ class Work:
             )
             return
         self.say("what cutting heads and channels does")
-        if task == "causal-lm":
-            labels, examples = None, self.job.examples
+        if self.causal:
+            rows, labels, examples = torch.tensor(self.readable.rows)[order], None, self.job.examples
         else:
-            labels, examples = self.observation.signals.labels, self.examples
-        read = observing.reader(examples, rows[:n], None if labels is None else labels[:n])
+            rows, examples = self.observation.rows[order], self.examples
+            labels = self.observation.signals.require("labels", "advise")[order]
+        read = observing.reader(examples, rows, labels)
 
         def work() -> dict[str, Any]:
             model = self.job.model
@@ -301,7 +322,7 @@ class Work:
                 lost = predicted_losses(
                     made,
                     dense,
-                    None if labels is None else labels[:n],
+                    labels,
                     len(self.job.classes),
                     task=task,
                     seed=self.seed,
@@ -310,7 +331,7 @@ class Work:
                 layers = sensitivities(model, read, seen, task=task, seconds=seconds / 4, seed=self.seed)
             except ValueError as error:
                 return {"reason": str(error)}
-            points = 100 if task == "causal-lm" else 1
+            points = 1 / NATS if self.causal else 1
             return {
                 "cuts": [
                     {
@@ -332,17 +353,29 @@ class Work:
         )  # the latter are all shares
         found = self.kept("weights", name, work)
         if "reason" in found:
-            self.notes.append(f"Weights cannot be cut: {found['reason']}.")
+            self.why_not_cut = found["reason"]
+            self.notes.append(f"Weights cannot be cut: {self.why_not_cut}.")
         self.cuts, self.layers = found.get("cuts", []), found.get("layers", [])
 
-    def outlooks(self, keeps: Sequence[float], clean_test: bool) -> tuple[list[Outlook], Curve | None]:
+    def outlooks(
+        self, keeps: Sequence[float], clean_test: bool, test_examples: int | None
+    ) -> tuple[list[Outlook], Curve | None]:
         """What each choice is predicted to reach, with its seconds of scoring; and the learning curve."""
         if self.measured is None:
             return self._along_curve(keeps), self.curve
         noise, wrong = None, self.health.get("wrong_labels")
         if clean_test and wrong and wrong["share"] > 0:
             noise = Noise(wrong["share"], (wrong["high"] - wrong["low"]) / 3.92, len(self.job.classes))
-        found = outlooks(self.measured, self.total, noise=noise, behind=self.behind)
+            if not noise.identified:
+                self.notes.append(
+                    f"The share of wrong labels is not known well enough ({wrong['low']:.0%} to "
+                    f"{wrong['high']:.0%}) to tell what right test labels would show: values are those on "
+                    "labels as they are."
+                )
+                noise = None
+        found = outlooks(
+            self.measured, self.total, noise=noise, behind=self.behind, test_examples=test_examples
+        )
         return [self._with_scoring(o) for o in found], curve_of(self.measured, RANDOM)
 
     def _with_scoring(self, o: Outlook) -> Outlook:
@@ -353,23 +386,17 @@ class Work:
         return replace(o, scoring=own + self.example_seconds * self.total)
 
     def _along_curve(self, keeps: Sequence[float]) -> list[Outlook]:
-        whole = self.curve.draws(self.total)
         choice, found = Choice("random", per_class=False), []
         for keep in (*sorted(keeps), 1.0):
             k = count(self.total, keep)
-            value, low, high = self.curve.band(k)
-            lost = whole - self.curve.draws(k)
-            below, above = np.quantile(lost, [0.025, 0.975])
-            found.append(
-                Outlook(choice, keep, k, value, low, high, float(lost[0]), float(below), float(above))
-            )
+            found.append(Outlook(choice, keep, k, *self.curve.band(k), *self.curve.loss(k, self.total)))
         return found
 
     def result(
         self, found: list[Outlook], curve: Curve | None, names: dict[str, str], metric: str
     ) -> dict[str, Any]:
         """`result.json`, but for the recommendation."""
-        causal = self.job.task == "causal-lm"
+        causal, unit = self.causal, NATS if self.causal else 1.0
         spent = sum(self.seconds.values())
         first = self.tunings[0]
         whole = found[-1]
@@ -387,7 +414,14 @@ class Work:
             "behind it, which shrinks with the steps. A tuned model may reach more than the head; the "
             "differences are what the advice rests on."
         )
-        shown = [_for_page(o, self.steps(o.examples) * first.step_seconds, causal) for o in found]
+        shown = [
+            choice_dict(o, causal) | {"seconds": o.scoring + self.tuning_seconds(first, o.examples)}
+            for o in found
+        ]
+        cuts = [cut | {key: unit * cut[key] for key in ("loss", "low", "high")} for cut in self.cuts]
+        budget = self.limits.as_dict(self.full_seconds)
+        if self.limits.max_loss is not None:
+            budget["max_loss"] = unit * self.limits.max_loss
         return {
             "kind": "advice",
             "name": self.folder.name,
@@ -407,7 +441,7 @@ class Work:
                 "observed": 0 if causal else len(self.observation.rows),
                 "classes": self.job.classes,
             },
-            "budget": self.limits.as_dict(self.full_seconds),
+            "budget": budget,
             "full": {
                 "method": self.tune.method,
                 "epochs": self.tune.epochs,
@@ -424,16 +458,14 @@ class Work:
             "behind": asdict(self.behind) if self.behind else None,
             "curve": self._curve_points(curve, whole, causal),
             "tunings": [asdict(t) for t in self.tunings],
-            "weights": {"recovery": False, "sparsities": self.cuts, "layers": self.layers}
-            if self.cuts
-            else {},
+            "weights": {"recovery": False, "sparsities": cuts, "layers": self.layers} if self.cuts else {},
             "notes": self.notes,
         }
 
     def _curve_points(self, curve: Curve | None, whole: Outlook, causal: bool) -> dict[str, Any]:
         if curve is None:
             return {}
-        sign = -0.01 if causal else 1.0
+        sign = -NATS if causal else 1.0
 
         def point(n: int, value: float, low: float, high: float) -> dict[str, float]:
             low, high = sorted((sign * low, sign * high))
@@ -452,11 +484,3 @@ class Work:
             np.geomspace(seen[0]["examples"], max(self.total, seen[-1]["examples"]), 24).round().astype(int)
         )
         return {"points": seen, "fitted": [point(int(n), *curve.band(float(n))) for n in ns]}
-
-
-def _for_page(o: Outlook, tuning_seconds: float, causal: bool) -> dict[str, Any]:
-    found = choice_dict(o) | {"seconds": o.scoring + tuning_seconds}
-    if causal:  # as nats, of which less is better
-        low, high = sorted((-o.low / 100, -o.high / 100))
-        found |= {"value": -o.value / 100, "low": low, "high": high}
-    return found

@@ -5,46 +5,42 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from ..recipe import ArmSpec, DataSpec, ModelSpec, PruneSpec, Recipe, ShrinkSpec, TuneSpec
+from ..recipe import ArmSpec, PruneSpec, Recipe, ShrinkSpec
 from .probes import Choice
 from .recommend import Option
 
 
 def recipe_of(
     option: Option,
+    skeleton: Recipe,
     *,
-    name: str,
-    model: ModelSpec,
-    data: DataSpec,
-    tune: TuneSpec,
-    task: Any,
-    seed: int,
-    device: str,
-    batch_size: int,
     on_gpu: bool,
     controls: Choice | None,
+    causal: bool,
     same_metric: bool = True,
     evaluate: bool = True,
 ) -> Recipe:
     """One arm: what is advised. With `controls`, also everything and the same share by chance.
 
     Args:
+        skeleton: model, data and the fine-tune that was advised on.
         on_gpu: peak memory is predicted for tensors, as CUDA counts them; a CPU's is of the process.
         controls: the choice by chance that stands beside a score.
+        causal: a causal language model, whose losses are nats.
         same_metric: the run measures what was predicted: accuracy, not balanced accuracy.
     """
     chosen, way = option.outlook, option.tuning
     tune = replace(
-        tune,
+        skeleton.tune,
         method=way.method,
         modes=way.modes or "rows",
         freeze_attention=way.freeze_attention,
         checkpointing=way.checkpointing,
     )
-    low, high = option.interval
+    said = option.as_dict(causal)
     predicted: dict[str, float] = {"seconds": option.seconds}
     if same_metric:
-        predicted |= {"loss": option.loss, "loss_low": low, "loss_high": high}
+        predicted |= {"loss": said["loss"], "loss_low": said["low"], "loss_high": said["high"]}
     if on_gpu:
         predicted["peak_bytes"] = way.peak_bytes
     if option.speedup:
@@ -55,10 +51,7 @@ def recipe_of(
         arms.insert(0, replace(_arm("everything", chosen.choice, 1.0, {}), **whole))
         if not chosen.choice.by_chance:
             arms.append(_arm(controls.name, controls, chosen.keep, {}))
-    recipe = Recipe(
-        name=name, model=model, data=data, arms=tuple(arms), tune=tune, task=task, seed=seed, device=device,
-        batch_size=batch_size,
-    )  # fmt: skip
+    recipe = replace(skeleton, arms=tuple(arms), tune=tune)
     if option.cut:
         recipe = replace(recipe, **_cutting(option, way.method))
     if not evaluate:

@@ -204,12 +204,12 @@ def sparsities(advice: Advice) -> str | None:
 
 
 def layers(advice: Advice) -> str | None:
-    """The loss with one layer cut, a curve a layer."""
+    """What changes with one layer cut, a curve a layer."""
     entries = [e for e in advice.entries("weights", "layers") if isinstance(e.get("losses"), dict)]
     shares = sorted({key for e in entries for key in e["losses"]}, key=float)
     curves = [(e.get("name"), [number(e["losses"].get(share)) for share in shares]) for e in entries]
     whole = [{"name": name, "losses": losses} for name, losses in curves if losses and None not in losses]
     if not whole:
         return None
-    what = plain(f"{advice.loss_name}, {advice.unit}")
+    what = "rise of the loss, nats" if advice.nats else "share of the features' variance that changes"
     return sensitivity_figure({"sparsities": shares, "layers": whole}, "layers", what)
