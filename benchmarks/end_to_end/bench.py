@@ -100,14 +100,18 @@ def _against_full(cells: list[dict[str, Any]], name: str) -> dict[str, Any]:
     told = [arm["predicted"] for arm in own]
     spent, mine = (np.array([arm["seconds"] for arm in arms]) for arms in (full, own))
     advising = np.array([cell["advising_seconds"] for cell in cells])
-    held = [p["loss_low"] <= x <= p["loss_high"] for p, x in zip(told, lost, strict=True)]
+    held = [  # "keep everything" loses nothing, which is no prediction
+        p["loss_low"] <= x <= p["loss_high"]
+        for p, x, arm in zip(told, lost, own, strict=True)
+        if arm["keep"] < 1 or arm["parameters"] < 1
+    ]
     return _facts(own) | {
         "seeds": len(cells),
         "keeps": [arm["keep"] for arm in own],
         "choices": [arm["choice"] for arm in own],
         "lost": list(seeds_interval(lost)),
-        "predicted": float(np.mean([p["loss"] for p in told])),
-        "came_true": float(np.mean(held)),
+        "predicted": [float(np.mean([p[k] for p in told])) for k in ("loss", "loss_low", "loss_high")],
+        "came_true": [sum(held), len(held)],
         "times_as_fast": _ratio(spent, mine),
         "times_as_fast_with_advising": _ratio(spent, mine + advising),
     }
@@ -145,7 +149,9 @@ def table(result: dict[str, Any]) -> str:
                     f"{f['quality']:.1f}",
                     readme.interval(f["lost"]),
                 ]
-                row += [f"{f['predicted']:+.1f}", f"{f['came_true']:.0%}", _words(f["times_as_fast"])]
+                true, of = f["came_true"]
+                row += [readme.interval(f["predicted"]), f"{true} of {of}" if of else ""]
+                row += [_words(f["times_as_fast"])]
                 row += [
                     f"{f['times_as_fast_with_advising'][0]:.1f}",
                     f"{1 / f['speedup']:.2f}",

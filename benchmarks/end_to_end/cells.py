@@ -50,6 +50,16 @@ TASKS = {
             VIT,
             budgets=("at most 1 point", "a quarter of the time"),
         ),
+        Task(
+            "ViT, all digits",
+            "vit-s",
+            "digits",
+            1444,
+            353,
+            VIT,
+            tune=replace(LORA, epochs=5),
+            budgets=("at most 1 point", "a quarter of the time"),
+        ),
         Task("ViT, Fashion-MNIST", "vit-s", "fashion-mnist", 500, 400, VIT),
         Task("MiniLM, movie snippets", "minilm-l6", "movie-snippets", 500, 400, max_length=64),
         Task(
