@@ -390,18 +390,19 @@ def test_overrides_of_the_pruning(serpette, recipe, module):
 
 
 def test_prune_is_a_recipe(serpette, module, tmp_path):
-    ran = []
+    ran, made = [], ["00-unpruned", "01-pruned"]
 
     def run(job):
         ran.append(job)
-        (job.folder / "arms" / "01-pruned" / "model").mkdir(parents=True)
+        for name in made:
+            (job.folder / "arms" / name / "model").mkdir(parents=True)
         return job.folder / "report.html"
 
     module("pipeline", run=run)
     options = ["prune", "--model", "m", "--dataset", "digits", "--sparsity", "0.4", "--out", tmp_path / "out"]
     code, out, err = serpette(*options, "--pattern", "structured", "--shrink", "--compare", "--rank", "4")
     assert code == 0, err
-    assert "01-pruned/model" in out and "report.html" in out
+    assert "01-pruned/model" in out and "unpruned" not in out and "report.html" in out
     (job,) = ran
     assert [job.prune_of(arm) is None for arm in job.arms] == [True, False]
     assert job.shrink is not None and job.prune.sparsity == 0.4 and job.tune.rank == 4 and job.tune.alpha == 8
@@ -411,3 +412,6 @@ def test_prune_is_a_recipe(serpette, module, tmp_path):
     ):
         code, _, err = serpette(*options, *wrong)
         assert code == 2 and said in err
+    made.remove("01-pruned")
+    code, out, err = serpette(*options[:-1], tmp_path / "other", "--compare")
+    assert code == 0 and "unpruned" not in out, err

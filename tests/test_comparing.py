@@ -157,6 +157,31 @@ def test_other_unreadable_test_examples_are_not_paired(tmp_path):
     assert "could not be read" in row_of(compare([a, b]), "lora")["difference"]["not_paired"]
 
 
+def test_training_examples_that_were_set_aside_are_no_test_examples(tmp_path):
+    aside = {"set_aside": [{"id": name, "reason": "broken"} for name in ("x", "y")]}
+
+    def made(name, seed, limit):
+        run = make_run(
+            tmp_path / name, [make_arm(name)], each={name: {seed: [1] * N}}, seeds=(seed,), test_limit=limit
+        )
+        saved = json.loads((run / "result.json").read_text())
+        (run / "result.json").write_text(json.dumps(saved | {"data": saved["data"] | aside}))
+        return run
+
+    whole, more, drawn = made("whole", 0, None), made("more", 1, N + 1), made("drawn", 1, N)
+    assert "difference" in row_of(compare([whole, more]), "more")["difference"]
+    assert "drew by seed 1" in row_of(compare([whole, drawn]), "drawn")["difference"]["not_paired"]
+    path = more / "arms" / "00-x.json"  # of the same draw, but one of them is a test example
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"test_set_aside": {"x": "broken"}}))
+    assert "drew by seed 1" in row_of(compare([whole, more]), "more")["difference"]["not_paired"]
+
+
+def test_an_arm_that_cost_nothing_is_on_the_front(tmp_path):
+    none = make_arm("none", 0.5, method="none") | {"seconds": {"tuning": 0.0, "evaluation": 9.0}}
+    result = compare([make_run(tmp_path / "a", [make_arm("lora"), none])])
+    assert result["fronts"]["seconds"]["front"] == ["a: none", "a: lora"]
+
+
 def test_perplexity_is_compared_by_its_loss_and_lower_is_better(tmp_path):
     def arm(name, value, seconds):
         by_seed = [{"seed": s, "loss": math.log(value) + 0.01 * s, "perplexity": value} for s in (0, 1)]

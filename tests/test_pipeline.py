@@ -18,8 +18,11 @@ from language import character_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from serpette import run
+from serpette.data import pruner
+from serpette.data.scores import Scores
 from serpette.evaluate import paired_over_seeds
-from serpette.recipe import ArmSpec, DataSpec, ModelSpec, load
+from serpette.pipeline.reading import read
+from serpette.recipe import ArmSpec, DataSpec, ModelSpec, Recipe, load
 from serpette.zoo import tiny
 
 SRC = Path(__file__).parent.parent / "src"
@@ -133,6 +136,94 @@ def test_training_on_the_test_split_is_refused(places, tmp_path):
     )
     with pytest.raises(ValueError, match="the training split, too"):
         load(file)
+
+
+@pytest.fixture
+def before_tuning(monkeypatch):
+    """How many examples the model is given before anything is tuned, batch by batch."""
+    from serpette.pipeline import job, tune
+
+    given, opened, train = [], job.open_model, tune.train
+    counts = {"until": None}
+
+    def open_model(*args, **kwargs):
+        model, processor = opened(*args, **kwargs)
+        model.base_model.register_forward_pre_hook(
+            lambda _, args, kwargs: given.append(len([*args, *kwargs.values()][0])), with_kwargs=True
+        )
+        return model, processor
+
+    def first(*args, **kwargs):
+        counts["until"] = len(given) if counts["until"] is None else counts["until"]
+        return train(*args, **kwargs)
+
+    monkeypatch.setattr(job, "open_model", open_model)
+    monkeypatch.setattr(tune, "train", first)
+    return lambda: given[: counts["until"]]
+
+
+def with_arms(places: Path, out: Path, *names: str, **changes) -> Recipe:
+    recipe = load(recipe_file(places, out))
+    return dataclasses.replace(recipe, arms=tuple(a for a in recipe.arms if a.name in names), **changes)
+
+
+def test_random_arms_alone_need_no_pass_of_the_model(places, finished, tmp_path, monkeypatch, before_tuning):
+    out = tmp_path / "random"
+    recipe = with_arms(places, out, "full", "random")
+    run(recipe, progress=False)
+    assert before_tuning() == []
+    got, whole = result(out), result(finished)
+    assert [arm["name"] for arm in got["arms"]] == ["full", "random"]
+    assert got["data"]["set_aside"] == whole["data"]["set_aside"] != []
+    for arm, number in (("full", "00"), ("random", "01")):
+        mine, its = (json.loads((o / "arms" / f"{number}-{arm}.json").read_text()) for o in (out, finished))
+        for key in ("ids", "each", "accuracy", "kept_by_class", "steps", "flops"):
+            assert mine[key] == its[key], key
+        assert mine["mmd"] is None and mine["seconds"]["scoring"] == 0
+    assert got["observing"]["decoding"] > 0 and got["scorers"]["random"]["passes"] == 0
+    assert "How far the subsets are" in (finished / "report.html").read_text()
+    assert "How far the subsets are" not in (out / "report.html").read_text()
+
+    (out / "result.json").unlink()
+    (out / "arms" / "01-random.json").unlink()
+    monkeypatch.setattr("serpette.data.observe._Work.decode", lambda *a: pytest.fail("read again"))
+    run(recipe, progress=False)
+    assert stable(result(out)["arms"]) == stable(got["arms"])
+
+
+def test_what_is_only_read_is_chosen_from_as_what_is_scored(tmp_path):
+    model = tiny("vit")
+    data = [{"pixel_values": torch.rand(3, 32, 32), "label": i % 3} for i in range(12)]
+    seen = read(model, data, seed=3, out=tmp_path, progress=False)
+    scored = pruner.score(model, data, "random", seed=3, progress=False)
+    assert list(seen.values) == ["random"] and torch.equal(seen.values["random"], scored.values["random"])
+    assert torch.equal(seen.rows, scored.rows) and seen.total == 12 and seen.cost["passes"] == 0
+    held = Scores.load(tmp_path)
+    assert held.signals.ids.tolist() == scored.signals.ids.tolist() and held.signals.embeddings is None
+    picks = [pruner.select(s, "random", 0.5, seed=3).ids.tolist() for s in (seen, held, scored)]
+    assert picks[0] == picks[1] == picks[2] and len(picks[0]) == 6
+
+
+def test_bad_examples_stop_a_run_that_only_reads(places, tmp_path):
+    recipe = with_arms(places, tmp_path / "out", "random", on_bad="raise")
+    with pytest.raises(ValueError, match=r"ant/0\.png.*on_bad='set_aside'"):
+        run(recipe, progress=False)
+
+
+def test_one_scored_arm_is_one_pass_of_the_model(places, tmp_path, before_tuning):
+    run(with_arms(places, tmp_path / "out", "full", "random", "equal"), progress=False)
+    assert sorted(before_tuning()) == [4, 7, 8, 8, 8], "each of the 35 once"
+    got = result(tmp_path / "out")
+    assert [arm["mmd"] is None for arm in got["arms"]] == [False] * 3 and "random" not in got["scorers"]
+
+
+@pytest.mark.parametrize("select", ["d2", "flex_rand"])
+def test_a_selector_that_looks_at_embeddings_gets_them(places, tmp_path, select, before_tuning):
+    recipe = with_arms(places, tmp_path / "out", "random")
+    run(dataclasses.replace(recipe, arms=(ArmSpec("chosen", None, select, 0.5),)), progress=False)
+    assert sum(before_tuning()) == 35
+    (chosen,) = result(tmp_path / "out")["arms"]
+    assert chosen["examples"] == 18 and chosen["mmd"] > 0 and chosen["seconds"]["scoring"] > 0
 
 
 def stable(arms: list[dict]) -> list[dict]:
@@ -340,6 +431,17 @@ def test_a_recipe_of_instructions(small_instruct):
     assert got["model"]["trainable_parameters"] == 2 * 8 * (3 * (32 + 64) + 2 * (32 + 32) + 2 * (32 + 16))
     page = (out / "report.html").read_text()
     assert "A lower perplexity is better" in page and "Down and to the left is better" in page
+
+
+def test_random_instructions_need_no_pass_of_the_model(small_instruct, tmp_path, before_tuning):
+    arms = small_instruct.arms[:2]
+    assert arms[1].select == "random" and arms[1].scorer is None
+    run(dataclasses.replace(small_instruct, arms=arms, out=str(tmp_path / "out")), progress=False)
+    assert before_tuning() == [1, 1], "the four tokens on which the model's head is checked"
+    got = result(tmp_path / "out")
+    assert [arm["examples"] for arm in got["arms"]] == [19, 10]
+    assert [s["id"] for s in got["data"]["set_aside"]] == ["19"]
+    assert all(arm["mmd"] is None and 1 < arm["perplexity"] < 200 for arm in got["arms"])
 
 
 def test_what_has_no_meaning_is_refused_before_the_model_is_opened(small_instruct, tmp_path, monkeypatch):

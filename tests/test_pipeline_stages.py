@@ -456,3 +456,55 @@ def test_what_is_saved_unless_a_recipe_says(job):
             assert formats(job, arm) == wanted, arm.name
     job.recipe = dataclasses.replace(job.recipe, prune=PruneSpec(sparsity=0.2), export=("onnx",))
     assert formats(job, ArmSpec("a")) == ("onnx",)
+
+
+def test_a_test_set_with_one_target_is_refused_before_the_tuning(worlds, tmp_path, monkeypatch):
+    model, train, test = worlds["regression"]
+    rows = datasets.Dataset.from_json(str(test), cache_dir=str(tmp_path / "cache"))
+    same = rows.map(lambda row: row | {"label": 2.5}, load_from_cache_file=False)
+    same.to_json(tmp_path / "test.jsonl")
+    changed = {**worlds, "regression": (model, train, tmp_path / "test.jsonl")}
+    recipe = world(changed, "regression", tmp_path / "out", ArmSpec("full"))
+    monkeypatch.setattr("serpette.scoring.score", lambda *a, **k: pytest.fail("scored"))
+    with pytest.raises(ValueError, match="has 12 targets in 'test', all of them 2.5; r2 needs targets that"):
+        Job(recipe, Sayer(False), recipe.folder, 0)
+
+
+class Watched:
+    """A progress bar that says what is done with it."""
+
+    def __init__(self, seen):
+        self.seen = seen
+
+    def start(self):
+        self.seen.append("start")
+
+    def stop(self):
+        self.seen.append("stop")
+
+    def add_task(self, what, total):
+        return 0
+
+    def update(self, task, completed, total, description):
+        self.seen.append(f"{description} {completed}/{total}")
+
+
+def test_a_bar_says_what_runs_and_ends_with_it(monkeypatch, capsys):
+    seen: list[str] = []
+    monkeypatch.setattr("rich.progress.Progress", lambda **options: Watched(seen))
+    say = Sayer(True)
+    say._terminal = True
+    say.step(1, 2)
+    say.step(2, 2)
+    assert seen == ["start", "tuning 1/2", "tuning 2/2", "stop"]
+    seen.clear()
+    say.step(1, 9, "probing")  # and no further
+    say.done()
+    say.done()
+    assert seen == ["start", "probing 1/9", "stop"]
+    seen.clear()
+    say.step(1, 9)
+    say("what comes next")
+    say.step(1, 9)
+    assert seen == ["start", "tuning 1/9", "stop", "start", "tuning 1/9"]
+    assert capsys.readouterr().out == "==> what comes next\n"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from PIL import Image
 
 from serpette import run
-from serpette.recipe import ArmSpec, DataSpec, ModelSpec, load
+from serpette.pipeline.job import Job
+from serpette.pipeline.progress import Sayer
+from serpette.pipeline.weights import inputs_of
+from serpette.recipe import ArmSpec, DataSpec, ModelSpec, Recipe, load
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 
@@ -138,3 +142,25 @@ def test_the_commands_prune_and_shrink(places, tmp_path):
         masked, small = (load_model(f)(pixel_values=x).logits for f in (saved, tmp_path / "small"))
     assert torch.allclose(masked, small, atol=1e-5)
     assert cli.main(["shrink", str(saved), "--out", str(saved)]) == 2
+
+
+def test_examples_that_are_timed_are_those_that_can_be_read(places, tmp_path):
+    folder = tmp_path / "images"
+    shutil.copytree(places / "images", folder)
+    for file in min((folder / "test").iterdir()).iterdir():  # the first class, whose images come first
+        file.write_bytes(b"broken")
+    data = DataSpec(str(folder), train_limit=12)
+    recipe = Recipe(
+        "timed", ModelSpec(str(places / "model")), data, (ArmSpec("full"),), out=str(tmp_path / "o")
+    )
+    job = Job(recipe, Sayer(False), recipe.folder, 0)
+    assert not job.test_examples.read([0, 1])[0]
+    expected = [i for i in range(24) if job.test_examples.read([i])[0]]
+    assert len(expected) == 16
+    for size in (1, 3, 24):
+        found = inputs_of(job, size)["pixel_values"]
+        rows = (expected * 2)[:size]
+        assert torch.equal(found, torch.cat([job.test_examples.read([i])[1]["pixel_values"] for i in rows]))
+    job.test_examples.read = lambda rows: ([], {}, [], {})
+    with pytest.raises(ValueError, match="none of the 24 test examples could be read"):
+        inputs_of(job, 1)

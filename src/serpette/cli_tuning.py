@@ -108,7 +108,7 @@ def prune(
     from . import pipeline
 
     report = pipeline.run(recipe)
-    print(next(out.glob("arms/*pruned/model"), out))
+    print(next(out.glob("arms/??-pruned/model"), out))
     print(report)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,8 +43,17 @@ class Source:
     def drawn(self) -> int | None:
         """The seed that drew the test examples; None where all of them were taken."""
         limit = ((self.run.result.get("recipe") or {}).get("data") or {}).get("test_limit")
-        there = (self.run.data.get("test_examples") or 0) + len(self.run.data.get("set_aside") or [])
+        there = (self.run.data.get("test_examples") or 0) + self._test_set_aside
         return None if limit is None or limit > there else self.run.result.get("seed")
+
+    @cached_property
+    def _test_set_aside(self) -> int:
+        """How many test examples could not be read, at most where the files of the arms are gone."""
+        for path in sorted(self.folder.glob("seeds/*/arms/*.json" if self.run.seeds else "arms/*.json")):
+            aside = _read(path).get("test_set_aside")
+            if aside is not None:  # the test examples of all seeds are the same
+                return len(aside)
+        return len(self.run.data.get("set_aside") or [])
 
     def by_seed(self, arm: dict[str, Any]) -> dict[int, float]:
         """{seed: what differences are of}: the metric, or of a language model the mean loss."""
@@ -387,7 +397,8 @@ def _fronts(result: dict[str, Any], lower_is_better: bool) -> dict[str, Any]:
         points = [
             {"name": row["name"], "cost": cost, "value": row["value"]}
             for row in result["arms"]
-            if (cost := cost_in(row, against, result["latency_batch"])) and row["value"] is not None
+            if (cost := cost_in(row, against, result["latency_batch"])) is not None
+            and row["value"] is not None
         ]
         if len(points) > 1:
             on = pareto_front([p["cost"] for p in points], [sign * p["value"] for p in points])

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from .data.examples import Examples
+from .data.examples import Examples, check_labels
 from .data.features import Reader, accepted_names
 from .data.observe import infer_task
 from .data.sources import device_of, encode_labels, open_dataset, open_model
@@ -86,17 +86,21 @@ def labelled(
 
     The task is None where it was not given and the rows are chats, instructions or text without a label: a
     causal language model learns these, another model cannot.
+
+    Raises:
+        ValueError: no labels, or none that the task has a meaning for; the example is named.
     """
     rows = Examples(data, label_column=label_column, id_column=id_column)
     if task == "causal-lm" or (task is None and rows.has_instructions):
         return data, task, []
-    if rows.label_column and task != "regression":
+    if task == "regression" and (rows.label_column or not rows.columns):
+        return data, task, []
+    if rows.label_column:
         data = encode_labels(data, rows.label_column)
         rows = Examples(data, label_column=label_column, id_column=id_column)
-    found, count = rows.target()
-    task = task or found
-    return (
-        data,
-        task,
-        (rows.class_names or [str(c) for c in range(count)]) if task == "classification" else [],
-    )
+    raw = None if rows.class_names else rows.labels()
+    if task == "classification" and raw is not None:  # whole numbers are classes, also as floats
+        count = int(check_labels(raw, rows.ids, 0, task).max()) + 1
+    else:
+        task, count = rows.target()
+    return data, task, (rows.class_names or [str(c) for c in range(count)])

@@ -241,6 +241,32 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bits(tmp_path):
     ).read_bytes()
 
 
+def test_examples_are_read_without_the_model(images, vit, tmp_path, monkeypatch):
+    calls = []
+    hook = vit.register_forward_pre_hook(lambda *a: calls.append(a))
+    options = {"batch_size": 4, "chunk_size": 8, "progress": False, "run_model": False}
+    try:
+        one = observe(vit, images, folder=tmp_path / "read", **options)
+    finally:
+        hook.remove()
+    assert not calls and one.passes == 0 and one.seconds["decoding"] > 0
+    both = observe(vit, images, batch_size=4, progress=False)
+    assert one.signals.ids.tolist() == both.signals.ids.tolist() and torch.equal(one.rows, both.rows)
+    assert torch.equal(one.signals.labels, both.signals.labels) and one.signals.num_classes == 3
+    assert one.signals.embeddings is None and one.signals.logits is None
+
+    (tmp_path / "read" / "000002.safetensors").unlink()
+    read, seen = Examples.read, []
+    monkeypatch.setattr(Examples, "read", lambda self, rows: seen.append(list(rows)) or read(self, rows))
+    again = observe(vit, images, folder=tmp_path / "read", **options)
+    assert [rows for rows in seen if len(rows) > 1] == [[16, 17, 18, 19], [20, 21, 22, 23]]
+    assert again.signals.ids.tolist() == one.signals.ids.tolist()
+    with pytest.raises(ValueError, match=r"differs in: run_model"):
+        observe(vit, images, folder=tmp_path / "read", **options | {"run_model": True})
+    with pytest.raises(ValueError, match=r"run_model=False leaves the scorers dlc nothing"):
+        observe(vit, images, [DLC()], **options)
+
+
 def test_a_folder_of_another_run_is_refused(images, vit, tmp_path):
     scores(vit, images, ("dlc",), out=tmp_path)
     with pytest.raises(ValueError, match=r"differs in: batch_size"):

@@ -9,7 +9,8 @@ from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 
 from serpette import zoo
-from serpette.data.sources import open_dataset, open_model
+from serpette.data.examples import Examples, check_labels
+from serpette.data.sources import encode_labels, open_dataset, open_model
 
 ROWS = [{"text": f"row {i}", "label": i % 3} for i in range(12)]
 
@@ -321,3 +322,17 @@ def test_no_head_for_the_task(tmp_path):
     T5Config(d_model=8, num_layers=1).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="task='chess' must be"):
         open_model(tmp_path, task="chess")
+
+
+def test_a_blank_label_is_missing_and_no_class(tmp_path):
+    (tmp_path / "train.csv").write_text("id,text,label\nr1,good,pos\nr2,,neg\nr3,odd,\nr4,worse,  \n")
+    opened = open_dataset(tmp_path / "train.csv")
+    encoded = encode_labels(opened, "label")
+    assert encoded.features["label"].names == ["neg", "pos"] and encoded["label"][:] == [1, 0, None, None]
+    assert encoded["text"][1] == "", "a text may be empty"
+    again = encode_labels(opened, "label", ["pos", "neg"])
+    with pytest.raises(ValueError, match="label=None of the example with id 'r3' is missing"):
+        check_labels(again["label"][:], again["id"][:], 2, "classification")
+    blank = encode_labels(opened.remove_columns("label").add_column("label", [""] * 4), "label")
+    with pytest.raises(ValueError, match="id 'r1' is missing"):
+        Examples(blank).target()

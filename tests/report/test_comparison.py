@@ -107,6 +107,16 @@ def test_columns_of_which_nothing_is_known_are_left_out(tmp_path):
     assert heads == ["accuracy", "to full", "kept", "trains", "parameters", "cost", "peak memory"]
 
 
+@pytest.mark.parametrize("cost", [0.0, 50.0])
+def test_a_cost_of_nothing_has_a_place_in_the_panel(tmp_path, cost):
+    none = make_arm("none", 0.5) | {"seconds": {"tuning": 0.0}}
+    other = make_arm("lora", 0.8) | {"seconds": {"tuning": cost}}
+    text = render(compare([make_run(tmp_path / "a", [other, none])]))
+    panels = dict(re.findall(r'aria-label="accuracy against ([\w ]+?), (.*?)"', text))
+    said = f"seconds. lora 80 at {cost:.3g}; none 50 at 0. On the front: {'none, ' * (cost > 0)}lora"
+    assert panels["time"] == said
+
+
 def test_panels_mark_what_is_dominated(tmp_path):
     arms = [make_arm("lora", 0.8, 50.0), make_arm("half", 0.7, 60.0, weights=make_weights(0.5))]
     text = render(compare([make_run(tmp_path / "a", arms)]))

@@ -99,11 +99,11 @@ def health_of(found: Observation, examples: Examples, classes: list[str], seed: 
     signals, rows = found.signals, found.rows.tolist()
 
     def digest(n: int) -> bytes:
-        found = hashlib.sha256()
+        bits = hashlib.sha256()
         for name, value in sorted(examples.read([rows[n]])[1].items()):
-            found.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            found.update(value.reshape(-1).view(torch.uint8).numpy())
-        return found.digest()
+            bits.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            bits.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return bits.digest()
 
     outputs = None
     if signals.num_classes > 1 and signals.embeddings is not None and signals.labels is not None:

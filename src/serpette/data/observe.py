@@ -80,6 +80,7 @@ def observe(
     num_workers: int = 0,
     seed: int = 0,
     progress: bool = True,
+    run_model: bool = True,
 ) -> Observation:
     """Embeddings and logits of `examples`, and features along each path that `scorers` ask for.
 
@@ -94,10 +95,18 @@ def observe(
         folder: where the chunks are kept, shared by all processes; None = in memory.
         on_bad: `"set_aside"` lists an image that does not decode and goes on, `"raise"` stops there.
         precision: autocast to e.g. `torch.bfloat16`.
+        run_model: False only reads the examples, to find those that cannot be read: the signals hold ids and
+            labels.
 
     Raises:
-        ValueError: bad labels, NaN in an input, no example left, a folder of another run.
+        ValueError: bad labels, NaN in an input, no example left, a folder of another run, scorers without a
+            run of the model.
     """
+    if scorers and not run_model:
+        names = ", ".join(scorer.name for scorer in scorers)
+        raise ValueError(
+            f"run_model=False leaves the scorers {names} nothing to score; leave it out, or give no scorers"
+        )
     reader: Any = Reader(model, features)
     task = task or infer_task(model, reader)
     language = task == "causal-lm"
@@ -143,20 +152,23 @@ def observe(
         fingerprint["answers"] = True
     if folder is not None and readings:
         fingerprint["readings"] = [repr(reading) for reading in readings]
+    if folder is not None and not run_model:
+        fingerprint["run_model"] = False
     store = ChunkStore(folder, fingerprint)
     whole = all(map(store.has, range(len(plan))))
     if gradients is not None and gradients.moving and not whole:
         store.clear()  # moving statistics cannot go on in the middle
     work = _Work(
-        reader, examples, store, plan, task, outputs, on_bad, precision, num_workers, gradients, answers
-    )
+        reader, examples, store, plan, task, outputs, on_bad, precision, num_workers, gradients, answers,
+        run_model,
+    )  # fmt: skip
 
     rank, world = processes()
     lengths: dict[PathSpec, tuple[int, list]] = {}
     with (
         evaluating(model),
         gradients or nullcontext(),
-        progress_bar(len(plan), "observing", progress and rank == 0) as advance,
+        progress_bar(len(plan), "observing" if run_model else "reading", progress and rank == 0) as advance,
     ):
         with together(world):
             if gradients is not None and not whole:
@@ -174,6 +186,8 @@ def observe(
     observation = _gather(store, len(plan), examples, lengths, task, seed, readings)
     if gradients is not None:
         observation.seconds |= gradients.seconds
+    if not run_model:
+        observation.passes = 0
     return observation
 
 
@@ -190,6 +204,7 @@ class _Work:
     num_workers: int
     gradients: GradientPass | None = None
     answers: bool = False  # the losses of a causal LM without the prompts, too
+    run_model: bool = True
 
     def decode(self, number: int) -> list[Batch]:
         loader = torch.utils.data.DataLoader(
@@ -285,22 +300,22 @@ class _Work:
         start = time.perf_counter()
         batches = self.decode(number)
         decoded = time.perf_counter()
-        if self.gradients is None:
-            (embeddings, logits), readings = self.forward(batches), {}
-        else:
+        embeddings, logits, readings = None, None, {}
+        if self.gradients is not None:
             embeddings, logits, readings = self.backward(batches)
+        elif self.run_model:
+            embeddings, logits = self.forward(batches)
         rows = [row for batch in batches for row in batch[0]]
         raw = [label for batch in batches for label in batch[2]]
-        tensors = {
-            "rows": torch.tensor(rows, dtype=torch.int64),
-            "embeddings": embeddings,
-        }
-        if self.task == "causal-lm":
-            tensors |= self.losses(batches, rows, logits)
-        else:
+        tensors = {"rows": torch.tensor(rows, dtype=torch.int64)}
+        if embeddings is not None:
+            tensors["embeddings"] = embeddings
+        if self.task != "causal-lm":
             tensors["labels"] = check_labels(raw, self.examples.ids[rows], self.outputs, self.task)
             if logits is not None:
                 tensors["logits"] = logits
+        elif self.run_model:
+            tensors |= self.losses(batches, rows, logits)
         tensors |= readings
         seconds = {"decoding": decoded - start, "unmasked": time.perf_counter() - decoded, "path": 0.0}
         bad = {i: reason for batch in batches for i, reason in batch[3].items()}

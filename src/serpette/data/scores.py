@@ -26,7 +26,7 @@ class Scores:
     """Scores of N examples, with what is needed to select among them.
 
     Args:
-        signals: ids (N,), labels (N,), embeddings (N, D) and whatever else was observed.
+        signals: ids (N,), labels (N,), and what was observed: embeddings (N, D) and whatever else.
         values: {scorer: (N,)}, higher = harder or picked sooner.
         path_values: {scorer: {share of the weights masked: (N,)}} for scorers along a path.
         rows: (N,) row numbers in the data set; examples that could not be read are missing.

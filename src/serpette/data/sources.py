@@ -420,6 +420,8 @@ def device_of(name: str) -> torch.device:
 def encode_labels(dataset: Any, column: str, names: list[str] | None = None) -> Any:
     """`dataset` with the strings of `column` as a ClassLabel; other columns and data sets as they are.
 
+    A blank string is a missing label, as a row of a CSV file without its label has it.
+
     Args:
         names: the classes, in order; default: those found, sorted. Give the training set's for a test set.
 
@@ -431,7 +433,7 @@ def encode_labels(dataset: Any, column: str, names: list[str] | None = None) -> 
     feature = dataset.features.get(column) if isinstance(dataset, hf.Dataset) else None
     if not isinstance(feature, hf.Value) or "string" not in feature.dtype:
         return dataset
-    labels = dataset[column][:]
+    labels = [label if label and label.strip() else None for label in dataset[column][:]]
     names = names or sorted({label for label in labels if label is not None})
     strange = sorted({label for label in labels if label is not None} - set(names))
     if strange:

@@ -1,5 +1,6 @@
 """`run(recipe)`: score the training examples once, tune each arm on what it keeps, compare, report.
 
+Where no arm needs a score or embeddings, the examples are only read, and the model does not run on them.
 Finished arms lie in `arms/`, scores in `scores/`; of an unfinished arm its folder there holds the stages that
 are done and the last checkpoint of the tuning. A killed run goes on from there. With several seeds each has
 such a folder in `seeds/`.

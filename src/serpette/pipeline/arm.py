@@ -24,7 +24,7 @@ from ..scorers import registry as scorers
 from ..types import uniform_of
 from . import card, weights
 from .export import export, files_of, formats
-from .job import Job
+from .job import Job, needs_embeddings
 from .stages import Stages
 from .tune import tuned
 
@@ -55,7 +55,7 @@ def select(job: Job, arm: ArmSpec) -> tuple[Tensor, str | None, dict[str, float]
 
 def _scoring_seconds(job: Job, arm: ArmSpec, selector: Any) -> float:
     """What this arm alone would have paid: the shared pass counts in full for each arm that needs it."""
-    if arm.scorer is None and "embeddings" not in selector.needs:
+    if arm.scorer is None and not needs_embeddings(selector):
         return 0.0
     method = None if arm.scorer is None else job.methods[job.scorer_of[arm.name]]
     cost = job.scores.cost
@@ -163,9 +163,14 @@ def _evaluated(
     return {"seconds": cost.seconds, "test_set_aside": bad, **found}
 
 
-def _mmd(job: Job, positions: Tensor) -> float:
-    """To the full set; of that, and of the subset, at most 5,000 examples are looked at."""
-    embeddings = job.scores.signals.require("embeddings", "mmd")
+def _mmd(job: Job, positions: Tensor) -> float | None:
+    """To the full set; of that, and of the subset, at most 5,000 examples are looked at.
+
+    None where the model has not run on the training examples.
+    """
+    embeddings = job.scores.signals.embeddings
+    if embeddings is None:
+        return None
     if len(positions) == len(embeddings):
         return 0.0
     order = uniform_of(job.scores.signals.ids, 0).argsort()

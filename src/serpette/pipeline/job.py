@@ -14,6 +14,7 @@ from ..arms import METRICS, comparisons
 from ..cost import hardware, versions
 from ..data.examples import Examples, check_labels
 from ..data.features import accepted_names
+from ..data.selectors import registry as selectors
 from ..data.sources import device_of, encode_labels, open_dataset, open_model
 from ..files import write_atomic
 from ..opening import labelled
@@ -22,6 +23,7 @@ from ..report.histograms import histogram_of
 from ..scorers import registry as scorers
 from ..types import Task
 from .progress import Sayer
+from .reading import read
 
 
 class Job:
@@ -59,23 +61,27 @@ class Job:
             self.test_examples.accepted = self.train_examples.accepted
         self.test_labels = self._read_test_labels()
         self.methods = self._methods()
-        self.say(f"scoring {len(self.train):,} examples: {', '.join(self.methods)}")
         tune = recipe.tune
         self.lora = {"rank": tune.rank, "alpha": tune.alpha, "target_modules": tune.target_modules}
-        self.scores = scoring.score(
-            self.model,
-            self.train,
-            list(self.methods.values()),
-            lora=self.lora,
+        options: dict[str, Any] = {
             **reading,
-            task=self.task,
-            proxy=recipe.proxy,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            out=self.folder / "scores",
-            on_bad=recipe.on_bad,
-            progress=say.shown,
-        )
+            "task": self.task,
+            "batch_size": recipe.batch_size,
+            "seed": recipe.seed,
+            "out": self.folder / "scores",
+            "on_bad": recipe.on_bad,
+            "progress": say.shown,
+        }
+        self.observes = self._observes()
+        if self.observes:
+            self.say(f"scoring {len(self.train):,} examples: {', '.join(self.methods)}")
+            methods = list(self.methods.values())
+            self.scores = scoring.score(
+                self.model, self.train, methods, lora=self.lora, proxy=recipe.proxy, **options
+            )
+        else:
+            self.say(f"reading {len(self.train):,} examples")
+            self.scores = read(self.model, self.train, **options)
         table = self.folder / "scores" / "scores.parquet"
         write_atomic(self.folder / table.name, table.read_bytes())  # beside the report
 
@@ -101,7 +107,15 @@ class Job:
                 f"data.test={self.recipe.data.test or self.recipe.data.train!r} has no label column; "
                 "nothing could be measured"
             )
-        return check_labels(labels, self.test_examples.ids, len(self.classes), self.task)
+        labels = check_labels(labels, self.test_examples.ids, len(self.classes), self.task)
+        if self.task == "regression" and bool((labels == labels[0]).all()):
+            data = self.recipe.data
+            raise ValueError(
+                f"data.test={data.test or data.train!r} has {len(labels)} targets in {data.test_split!r}, "
+                f"all of them {float(labels[0]):g}; r2 needs targets that differ: give another test set, "
+                "or a larger data.test_limit"
+            )
+        return labels
 
     def _methods(self) -> dict[str, Any]:
         """{name: scorer}; two arms that use one scorer with other options get a score of their own."""
@@ -121,6 +135,11 @@ class Job:
             self.scorer_of[arm.name] = made[key]
         return methods or {"random": scorers.make("random")}
 
+    def _observes(self) -> bool:
+        """Whether an arm needs what the model makes of the training examples: a score, or embeddings."""
+        made = [selectors.make(arm.select, **arm.select_options) for arm in self.recipe.arms if arm.select]
+        return bool(self.scorer_of) or any(map(needs_embeddings, made))
+
     def reader(self, positions: Tensor) -> Callable[[list[int]], dict[str, Tensor]]:
         """The collator of a loader over the scored examples at `positions`."""
         rows, labels = self.scores.rows[positions], self.scores.signals.labels
@@ -137,7 +156,7 @@ class Job:
         spent = self.scores.cost["seconds"]
         methods = {}
         for name, method in self.methods.items():
-            entry: dict[str, Any] = {"seconds": spent[name], "passes": 1}
+            entry: dict[str, Any] = {"seconds": spent[name], "passes": int(self.observes)}
             if hasattr(method, "reading"):
                 entry |= {"warmup_seconds": spent["warmup"], "moments_seconds": spent["moments"]}
                 entry["settings"] = {k: str(v) for k, v in vars(method).items() if k != "reading"}
@@ -188,3 +207,8 @@ class Job:
             ],
             "comparisons": comparisons([arm for arm in arms if "each" in arm], self.task),
         }
+
+
+def needs_embeddings(selector: Any) -> bool:
+    """Whether it looks at embeddings itself, or an open option of it is searched by a probe on them."""
+    return "embeddings" in selector.needs or len(getattr(selector, "candidates", list)()) > 1

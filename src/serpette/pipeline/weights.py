@@ -76,12 +76,24 @@ def _share(masks: list[Tensor]) -> float:
 
 
 def inputs_of(job: Job, size: int) -> dict[str, Tensor]:
-    """The first examples, of the test if there is one, as often as `size` needs them, without labels."""
+    """The first examples that can be read, of the test if there is one, as often as `size` needs them.
+
+    Without labels.
+    """
     device = next(job.model.parameters()).device
     if job.test_examples is None:
         inputs = job.reader(torch.arange(len(job.scores.rows)))(list(range(min(size, len(job.scores.rows)))))
     else:
-        _, inputs, _, _ = job.test_examples.read(range(min(size, len(job.test_examples))))
+        good: list[int] = []
+        for rows in torch.arange(len(job.test_examples)).split(size):
+            good += job.test_examples.read(rows.tolist())[0]
+            if len(good) >= size:
+                break
+        if not good:
+            raise ValueError(
+                f"none of the {len(job.test_examples)} test examples could be read; mend data.test"
+            )
+        _, inputs, _, _ = job.test_examples.read(good[:size])
     copies = -(-size // len(next(iter(inputs.values()))))
     return {k: torch.cat([v] * copies)[:size].to(device) for k, v in inputs.items() if k != "labels"}
 

@@ -308,13 +308,13 @@ def _panel(result: dict[str, Any], against: str) -> str:
     fig, ax = figure(250)
     dots = [(point["cost"] / per, point["value"] * scale) for point in points]
     xs, ys = zip(*dots, strict=True)
-    if max(xs) > LOG_FROM * min(xs):
+    if max(xs) > LOG_FROM * min(xs) > 0:
         ax.set_xscale("log")
         ax.set_xlim(min(xs) / 1.6, max(xs) * 1.6)
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
         ax.xaxis.set_minor_formatter(lambda x, _: "")
     else:
-        ax.set_xlim(0, max(xs) * 1.2)
+        ax.set_xlim(0, max(xs) * 1.2 or 1)
         ax.xaxis.set_major_locator(figures.few_ticks())
     pad = 0.2 * (max(ys) - min(ys)) or 0.05 * abs(ys[0]) or 0.05
     ax.set_ylim(min(ys) - pad, max(ys) + pad)
