@@ -15,7 +15,7 @@ class Budget:
 
     Args:
         time: a share of tuning with everything (`"0.3x"`), or a time (`"600s"`, `"10min"`, `"2h"`); of
-            scoring, tuning and pruning together.
+            scoring and tuning together.
         memory: peak of a training step, `"8GiB"`, `"500MB"`.
         latency: of the finished model to the unpruned one, `"0.6x"`, for batches of 1 or of 8, whichever
             gains more.
