@@ -104,4 +104,4 @@ def fit(sizes: np.ndarray, values: np.ndarray, ceiling: float = np.inf, seed: in
         better = error_S < best
         best = np.where(better, error_S, best)
         found[:, better] = np.stack([ceiling_S, b_S, np.full_like(b_S, c)])[:, better]
-    return Curve(*found)
+    return Curve(found[0], found[1], found[2])

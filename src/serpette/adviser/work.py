@@ -269,8 +269,8 @@ class Work:
 
         found = self.kept("probes", "pilots", work)
         self.pilot_sizes, self.pilot_values = found["sizes"], np.array(found["values"])
-        fits = Curve(**{k: np.array(v) for k, v in found["curve"].items()})
-        self.curve = fits.cautious(pilot.REPEATS, self.pilot_sizes[-1])
+        ceiling, b, c = (np.array(found["curve"][name]) for name in ("ceiling", "b", "c"))
+        self.curve = Curve(ceiling, b, c).cautious(pilot.REPEATS, self.pilot_sizes[-1])
 
     def ways(self) -> None:
         """Memory and time of the ways to tune, where there is time or a limit that asks for it."""
