@@ -155,6 +155,17 @@ def test_a_limit_of_the_latency_looks_at_all_shares_anew(advice, pictures, tmp_p
     assert again.result["weights"] == advice.result["weights"]
 
 
+def test_where_the_short_tuning_learned_nothing_a_cut_loses_who_knows_what(advice, pictures, tmp_path):
+    shutil.copytree(advice.folder, tmp_path / "pick")
+    pilot = tmp_path / "pick" / "found" / "pilot.json"
+    held = json.loads(pilot.read_text())
+    held["found"] |= {"learned": False, "trivial": 34.0}
+    pilot.write_text(json.dumps(held))
+    again = advised(pictures, tmp_path / "pick.yaml", max_loss=50.0, latency="1x")
+    for cut in again.result["weights"]["sparsities"]:
+        assert cut["high"] - cut["loss"] == pytest.approx(33) == pytest.approx(cut["loss"] - cut["low"])
+
+
 def test_cut_models_are_judged_by_examples_of_all_classes(advice, pictures, tmp_path, monkeypatch):
     """Also in a folder that is sorted by class."""
     seen = []

@@ -356,6 +356,8 @@ class Work:
             self.why_not_cut = found["reason"]
             self.notes.append(f"Weights cannot be cut: {self.why_not_cut}.")
         self.cuts, self.layers = found.get("cuts", []), found.get("layers", [])
+        if self.behind is not None and not self.behind.learned:  # a head tells nothing of this model
+            self.cuts = [_unknown(cut, (100 - self.behind.trivial) / 2) for cut in self.cuts]
 
     def outlooks(
         self, keeps: Sequence[float], clean_test: bool, test_examples: int | None
@@ -484,3 +486,8 @@ class Work:
             np.geomspace(seen[0]["examples"], max(self.total, seen[-1]["examples"]), 24).round().astype(int)
         )
         return {"points": seen, "fitted": [point(int(n), *curve.band(float(n))) for n in ns]}
+
+
+def _unknown(cut: dict[str, Any], points: float) -> dict[str, Any]:
+    """With an interval of as many points to both sides."""
+    return cut | {"low": cut["loss"] - points, "high": cut["loss"] + points}
