@@ -111,7 +111,7 @@ def _against_full(cells: list[dict[str, Any]], name: str) -> dict[str, Any]:
         "choices": [arm["choice"] for arm in own],
         "lost": list(seeds_interval(lost)),
         "predicted": [float(np.mean([p[k] for p in told])) for k in ("loss", "loss_low", "loss_high")],
-        "came_true": [sum(held), len(held)],
+        "came_true": [int(sum(held)), len(held)],
         "times_as_fast": _ratio(spent, mine),
         "times_as_fast_with_advising": _ratio(spent, mine + advising),
     }
