@@ -291,7 +291,11 @@ def test_a_language_model_has_a_curve_of_short_tunings(chats, tmp_path):
     result = advice.result
     assert result["metric"] == "loss" and {c["name"] for c in result["choices"]} == {"random"}
     assert [p["examples"] for p in result["curve"]["points"]] == [4, 8, 15]
-    assert result["data"]["examples"] == 80 and len(result["health"]["set_aside"]) == 20
+    assert (
+        result["data"]["examples"] == 80
+        and result["data"]["readable"] == 60
+        and len(result["health"]["set_aside"]) == 20
+    )
     assert result["health"]["exact_duplicates"]["examples"] == 60 - 15  # 5 prompts x 3 responses
     assert result["full"]["steps"] == 15 and any("20 of 80 examples" in note for note in result["notes"])
     best, told = result["recommendation"], advice.recipe.arms[0].predicted

@@ -110,7 +110,9 @@ def test_what_is_said():
         "a balanced random 50%, 500 examples" in said
         and "lose 0.4 points (-0.6 to 1.4) in 50 s, 0.50" in said
     )
-    assert "lose 0.004 nats (-0.006 to 0.014) in 50 s" in sentence(HALF, 100.0, True)
+    assert "500 examples: predicted to lose 0.004 nats (-0.006 to 0.014) in 50 s" in sentence(
+        HALF, 100.0, True
+    )
     said = sentence(option(0.3, 1.0, 30.0, choice=HERDING), 100.0, False)
     assert "300 examples, that herding chooses (+1.0 points to a balanced random choice)" in said
 
@@ -133,6 +135,13 @@ def test_of_a_language_model_figures_are_in_nats_of_which_less_is_better():
     whole, half = (o.as_dict(causal=True)["choice"] for o in (EVERYTHING, HALF))
     assert half["value"] - whole["value"] == pytest.approx(half["loss"])
     assert half["low"] <= half["value"] <= half["high"]
+
+
+def test_a_share_is_one_of_all_examples_also_where_some_cannot_be_read():
+    """As `select` counts it: 30 % of 100 are 30 of the 60 that can be read; 70 % cannot be kept."""
+    values = {(RANDOM.name, keep): np.full(5, 80.0) for keep in (0.3, 0.7, 1.0)}
+    held = Measured([RANDOM], (0.3, 0.7), values, 60, 15, 5, {})
+    assert [(o.keep, o.examples) for o in outlooks(held, 60, listed=100)] == [(0.3, 30), (1.0, 60)]
 
 
 def test_a_tuning_of_few_steps_is_behind_the_head():

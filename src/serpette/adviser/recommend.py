@@ -120,10 +120,16 @@ def curve_of(measured: Measured, reference: Choice, ceiling: float = 100.0) -> C
     return fit(sizes, np.stack(values), ceiling) if len(keeps) > 2 else None
 
 
+def kept_of(keep: float, total: int, listed: int | None = None) -> int:
+    """Examples that a recipe keeps of `total` that can be read and `listed` in all."""
+    return total if keep == 1 else min(total, counting.count(listed or total, keep))
+
+
 def outlooks(
     measured: Measured,
     total: int,
     *,
+    listed: int | None = None,
     noise: Noise | None = None,
     behind: Behind | None = None,
     test_examples: int | None = None,
@@ -134,7 +140,16 @@ def outlooks(
     balanced random choice from the size of the trials to the size that is meant, and half of that move counts
     as an error; with `behind`, what a tuning misses is taken off. The interval holds the spread of the trials
     and, with `test_examples`, the noise of a test set of that size.
+
+    Args:
+        total: examples that can be read.
+        listed: with those that cannot, of which a share to keep is counted; default: `total`. Shares that are
+            not less than all that can be read are left out.
     """
+
+    def kept(keep: float) -> int:
+        return kept_of(keep, total, listed)
+
     curve = curve_of(measured, RANDOM)
     J = len(measured.whole)
     t = float(student.ppf(0.975, max(1, J - 1)))
@@ -144,7 +159,7 @@ def outlooks(
         if curve is None:
             return 0.0
         n = counting.count(measured.trained, keep)
-        return curve(counting.count(total, keep)) - curve(n)
+        return curve(kept(keep)) - curve(n)
 
     def error(values: np.ndarray) -> float:
         fresh = values.var(ddof=1) * measured.held / test_examples if test_examples else 0.0
@@ -152,7 +167,7 @@ def outlooks(
 
     found = []
     chance = [c for c in measured.choices if c.by_chance]
-    for keep in (*measured.keeps, 1.0):
+    for keep in (*(k for k in measured.keeps if kept(k) < total), 1.0):
         best = max(chance, key=lambda c: measured.values[c.name, keep].mean()) if keep < 1 else RANDOM
         for choice in measured.choices if keep < 1 else [RANDOM]:
             values = measured.values[choice.name, keep] + moved(keep)
@@ -172,7 +187,7 @@ def outlooks(
                 )
             loss = float(lost.mean())
             if behind is not None:
-                n = counting.count(total, keep)
+                n = kept(keep)
                 less, unsure = (scale * f(n, float(mean)) for f in (behind.at, behind.uncertainty))
                 value -= less
                 spread = np.hypot(spread, unsure)
@@ -181,7 +196,7 @@ def outlooks(
                     lost_error = float(np.hypot(lost_error, unsure))
             found.append(
                 Outlook(
-                    choice, keep, counting.count(total, keep),
+                    choice, keep, kept(keep),
                     value, value - t * float(spread), value + t * float(spread),
                     loss, loss - t * lost_error, loss + t * lost_error, to_random, beats,
                 )
@@ -354,10 +369,9 @@ def sentence(option: Option, full_seconds: float, causal: bool) -> str:
         kind = {"equal": "random with equal quotas", True: "balanced random"}.get(
             o.choice.per_class, "random"
         )
-        start = (
-            f"Tune {way} on a {kind} {o.keep:.0%}, {o.examples:,} examples, which no score tried here beats "
-            "for sure"
-        )
+        start = f"Tune {way} on a {kind} {o.keep:.0%}, {o.examples:,} examples"
+        if not causal:
+            start += ", which no score tried here beats for sure"
     else:
         assert o.to_random is not None
         start = (

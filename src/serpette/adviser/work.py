@@ -25,7 +25,7 @@ from .budget import Budget
 from .curve import Curve
 from .health import near_groups
 from .probes import RANDOM, Choice, Measured, choices_for, measure
-from .recommend import NATS, Behind, Noise, Outlook, choice_dict, curve_of, outlooks
+from .recommend import NATS, Behind, Noise, Outlook, choice_dict, curve_of, kept_of, outlooks
 from .tuning import Tuning, tunings
 from .weights import cuts, outputs_of, predicted_losses, sensitivities
 
@@ -376,7 +376,12 @@ class Work:
                 )
                 noise = None
         found = outlooks(
-            self.measured, self.total, noise=noise, behind=self.behind, test_examples=test_examples
+            self.measured,
+            self.total,
+            listed=len(self.job.dataset),
+            noise=noise,
+            behind=self.behind,
+            test_examples=test_examples,
         )
         return [self._with_scoring(o) for o in found], curve_of(self.measured, RANDOM)
 
@@ -390,7 +395,9 @@ class Work:
     def _along_curve(self, keeps: Sequence[float]) -> list[Outlook]:
         choice, found = Choice("random", per_class=False), []
         for keep in (*sorted(keeps), 1.0):
-            k = count(self.total, keep)
+            k = kept_of(keep, self.total, len(self.job.dataset))
+            if k == self.total and keep < 1:
+                continue
             found.append(Outlook(choice, keep, k, *self.curve.band(k), *self.curve.loss(k, self.total)))
         return found
 
@@ -440,7 +447,8 @@ class Work:
             "data": {
                 "train": names["train"],
                 "examples": len(self.job.dataset),
-                "observed": 0 if causal else len(self.observation.rows),
+                "readable": self.total,
+                "observed": len(self.readable if causal else self.observation.rows),
                 "classes": self.job.classes,
             },
             "budget": budget,

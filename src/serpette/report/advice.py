@@ -103,6 +103,7 @@ def render_advice(result: Entry) -> str:
         budget=budget(advice),
         plans=plans(advice),
         loss_name=advice.loss_name,
+        tunings_only=advice.nats,
         unit=advice.unit,
         health=health(advice),
         classes=class_counts(advice),

@@ -104,7 +104,8 @@ def curve(advice: Advice) -> str | None:
         xs, values, lows, highs = zip(*found, strict=True)
         ax.vlines(xs, lows, highs, color=THEME["ink"], lw=1.4)
         ax.plot(xs, values, "o", color=THEME["ink"], ms=6, mec=THEME["page"], mew=1.2, zorder=3)
-    total = number(advice.part("data").get("examples"))
+    data = advice.part("data")
+    total = number(data.get("readable", data.get("examples")))
     if total:
         ax.axvline(total, color=THEME["soft"], lw=1.1, ls=DASHED)
         ax.annotate("all", (total, 1), xycoords=("data", "axes fraction"), xytext=(-4, -2), ha="right",
