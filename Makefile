@@ -34,7 +34,7 @@ demo: $(STAMP)  ## prune Fashion-MNIST, tune a real ViT on what is left; ends wi
 	@echo "==> running recipes/demo.yaml (under 10 minutes on 2 quiet cores; goes on where it stopped)"
 	@$(BIN)/serpette run recipes/demo.yaml
 
-test: $(STAMP)  ## the tests (some 13 minutes on 2 cores); some of them: make test ARGS="tests/test_cli.py"
+test: $(STAMP)  ## the tests (some 10 minutes on 2 cores); some of them: make test ARGS="tests/test_cli.py"
 	@echo "==> running the tests in $(WORKERS) processes"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
