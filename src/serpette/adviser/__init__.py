@@ -190,12 +190,15 @@ def advise(
         for way in ways
         for cut in [None, *(cutting if way.method in CUT_WITH else [])]
     ]
-    out.unlink(missing_ok=True)  # of an earlier call
     write_json(folder / "result.json", result)  # what was found stays, whatever the budget says
-    write_page(folder)
-    if limits.speed > 1 and not cutting:
-        raise ValueError(f"latency={latency!r} cannot be kept: {work.why_not_cut}; leave it out")
-    ranked = recommend(choosable, limits, work.full_seconds, work.causal)
+    try:
+        if limits.speed > 1 and not cutting:
+            raise ValueError(f"latency={latency!r} cannot be kept: {work.why_not_cut}; leave it out")
+        ranked = recommend(choosable, limits, work.full_seconds, work.causal)
+    except ValueError:
+        out.unlink(missing_ok=True)  # the recipe of an earlier call does not answer this one
+        write_page(folder)
+        raise
     best = ranked[0]
     runners_up: list[Option] = []
     for option in ranked[1:]:

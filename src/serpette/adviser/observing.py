@@ -18,7 +18,7 @@ from ..data.sources import open_dataset
 from ..opening import Opened
 from ..types import uniform_of
 from .head import cross_fitted
-from .health import as_groups, examine, listed, near_groups
+from .health import as_groups, examine, listed
 
 LEAST = 200  # examples: with fewer a probe says nothing
 
@@ -94,7 +94,9 @@ def observed(
     return found, examples
 
 
-def health_of(found: Observation, examples: Examples, classes: list[str], seed: int) -> dict[str, Any]:
+def health_of(
+    found: Observation, examples: Examples, classes: list[str], groups: Tensor, seed: int
+) -> dict[str, Any]:
     """Of the observed examples, see `health.examine`; with those that could not be read."""
     signals, rows = found.signals, found.rows.tolist()
 
@@ -113,7 +115,7 @@ def health_of(found: Observation, examples: Examples, classes: list[str], seed: 
             signals.num_classes,
             seed=seed,
             ids=signals.ids,
-            groups=near_groups(signals.embeddings),
+            groups=groups,
         )
     health = examine(signals, outputs, classes, digest)
     return health | {"set_aside": _set_aside(found.set_aside)}

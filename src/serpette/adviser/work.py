@@ -171,14 +171,13 @@ class Work:
         )
         self.seconds["observing"] = sum(self.observation.seconds.values())
         self.say("health of the data")
+        self.groups = groups = near_groups(self.observation.signals.require("embeddings", "advise"))
         health = self.kept(
             "observing",
             "health",
-            lambda: observing.health_of(self.observation, self.examples, self.job.classes, self.seed),
+            lambda: observing.health_of(self.observation, self.examples, self.job.classes, groups, self.seed),
         )
         self._judge_health(health, len(self.observation.rows))
-        if (embeddings := self.observation.signals.embeddings) is not None:
-            self.groups = near_groups(embeddings)
 
     def probe(self, choices: Sequence[Choice], keeps: Sequence[float], metric: str) -> None:
         """The choices, in as many trials as fit: five at least."""
@@ -348,9 +347,8 @@ class Work:
                 "layers": layers,
             }
 
-        name = (
-            "weights" if self.limits.latency is None else "weights for latency"
-        )  # the latter are all shares
+        # with a limit all shares were looked at
+        name = "weights" if self.limits.latency is None else "weights for latency"
         found = self.kept("weights", name, work)
         if "reason" in found:
             self.why_not_cut = found["reason"]
@@ -408,7 +406,6 @@ class Work:
         causal, unit = self.causal, NATS if self.causal else 1.0
         spent = sum(self.seconds.values())
         first = self.tunings[0]
-        whole = found[-1]
         metric = "loss" if causal else "r2" if self.job.task == "regression" else metric
         if spent > SHARE * self.full_seconds:
             self.notes.append(
@@ -466,16 +463,16 @@ class Work:
             "health": self.health,
             "choices": shown[:-1],
             "behind": asdict(self.behind) if self.behind else None,
-            "curve": self._curve_points(curve, whole, causal),
+            "curve": self._curve_points(curve),
             "tunings": [asdict(t) for t in self.tunings],
             "weights": {"recovery": False, "sparsities": cuts, "layers": self.layers} if self.cuts else {},
             "notes": self.notes,
         }
 
-    def _curve_points(self, curve: Curve | None, whole: Outlook, causal: bool) -> dict[str, Any]:
+    def _curve_points(self, curve: Curve | None) -> dict[str, Any]:
         if curve is None:
             return {}
-        sign = -NATS if causal else 1.0
+        sign = -NATS if self.causal else 1.0
 
         def point(n: int, value: float, low: float, high: float) -> dict[str, float]:
             low, high = sorted((sign * low, sign * high))
